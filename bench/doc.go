@@ -1,0 +1,4 @@
+// Package main measures gofwd beside its peers.
+package main
+
+func main() {}

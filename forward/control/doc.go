@@ -1,0 +1,2 @@
+// Package control serves the state of a Forwarder as HTTP over a UNIX socket.
+package control

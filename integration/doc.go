@@ -1,0 +1,2 @@
+// Package integration holds the tests that drive real programs through gofwd.
+package integration
