@@ -73,3 +73,22 @@ func (s *Stack) WriteEcho(e *Echo) error { return nil }
 
 // Close closes the device and all connections, and waits for every goroutine.
 func (s *Stack) Close() error { return nil }
+
+// ICMPError is an error about a packet that the container sent, on its way back
+// to it. Type, Code and Info are those of the ICMP of the packet's family, as
+// the host's kernel reports them (IP_RECVERR, struct sock_extended_err).
+type ICMPError struct {
+	// From is the router or host that reports; the zero Addr is the
+	// packet's destination.
+	From       netip.Addr
+	Type, Code uint8
+	// Info is the MTU for "fragmentation needed" and "packet too big".
+	Info uint32
+}
+
+// WriteUDPError tells the container what became of a datagram. d is the datagram
+// as it left the container; its payload need not be complete.
+func (s *Stack) WriteUDPError(d *Datagram, e ICMPError) error { return nil }
+
+// WriteEchoError tells the container what became of an echo request.
+func (s *Stack) WriteEchoError(q *Echo, e ICMPError) error { return nil }
