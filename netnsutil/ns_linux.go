@@ -98,7 +98,11 @@ func (ns *NS) Equal(other *NS) bool {
 // thread is the caller's own: fn must neither start goroutines that rely on
 // the namespace nor block for long. Cost on an idle machine: two setns(2), some
 // 4 µs.
-func (ns *NS) Do(fn func() error) error {
+//
+// If there is no way back, which takes a change of the process's capabilities
+// meanwhile, the error says so, and the calling goroutine must end: it is still
+// in the namespace.
+func (ns *NS) Do(fn func() error) (err error) {
 	runtime.LockOSThread()
 	home, err := Current()
 	if err != nil {
@@ -111,9 +115,10 @@ func (ns *NS) Do(fn func() error) error {
 		return fmt.Errorf("enter network namespace %s: %w", ns, os.NewSyscallError("setns", err))
 	}
 	defer func() {
-		if err := netns.Set(netns.NsHandle(home.Fd())); err != nil {
+		if errBack := netns.Set(netns.NsHandle(home.Fd())); errBack != nil {
 			// The thread is poisoned. It stays locked, so that it ends
 			// with its goroutine and never runs another.
+			err = fmt.Errorf("leave network namespace %s: %w", ns, errors.Join(os.NewSyscallError("setns", errBack), err))
 			return
 		}
 		runtime.UnlockOSThread()
