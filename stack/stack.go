@@ -1,9 +1,20 @@
 package stack
 
 import (
+	"context"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
+	"sync"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
 // Config says what a [Stack] is made of. Device is required.
@@ -59,21 +70,6 @@ type Echo struct {
 	Payload []byte
 }
 
-// Stack is a running stack. Close ends it.
-type Stack struct{}
-
-// New starts a stack on cfg.Device.
-func New(cfg Config) (*Stack, error) { return &Stack{}, nil }
-
-// WriteUDP sends a datagram to the container.
-func (s *Stack) WriteUDP(d *Datagram) error { return nil }
-
-// WriteEcho sends an echo reply to the container.
-func (s *Stack) WriteEcho(e *Echo) error { return nil }
-
-// Close closes the device and all connections, and waits for every goroutine.
-func (s *Stack) Close() error { return nil }
-
 // ICMPError is an error about a packet that the container sent, on its way back
 // to it. Type, Code and Info are those of the ICMP of the packet's family, as
 // the host's kernel reports them (IP_RECVERR, struct sock_extended_err).
@@ -86,9 +82,153 @@ type ICMPError struct {
 	Info uint32
 }
 
-// WriteUDPError tells the container what became of a datagram. d is the datagram
-// as it left the container; its payload need not be complete.
-func (s *Stack) WriteUDPError(d *Datagram, e ICMPError) error { return nil }
+// nicID is the number of gVisor's only network interface.
+const nicID = 1
 
-// WriteEchoError tells the container what became of an echo request.
-func (s *Stack) WriteEchoError(q *Echo, e ICMPError) error { return nil }
+// Stack is a running stack. Close ends it.
+type Stack struct {
+	cfg    Config
+	ep     *endpoint
+	net    *gstack.Stack
+	syn    *synHolder
+	stats  counters
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+
+	mu    sync.Mutex
+	conns map[*Conn]struct{} // nil after Close
+}
+
+// New starts a stack on cfg.Device. On error the device is still the caller's.
+func New(cfg Config) (*Stack, error) {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	s := &Stack{cfg: cfg, conns: make(map[*Conn]struct{})}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.syn = &synHolder{stack: s, held: make(map[heldKey]*TCPRequest), ctx: s.ctx}
+	s.ep = &endpoint{
+		dev: cfg.Device, mtu: cfg.Device.MTU(), offloads: cfg.Device.Offloads(),
+		own: make(map[netip.Addr]bool), log: cfg.Logger, stats: &s.stats,
+		udp: cfg.UDP, echo: cfg.Echo, syn: s.syn.handle,
+	}
+	s.ep.capture.drops = &s.stats.captureDrop
+	s.ep.frags.drops = &s.stats.fragments
+	for _, a := range cfg.Guest {
+		s.ep.own[a] = true
+	}
+	mac := [6]byte{}
+	copy(mac[:], cfg.GuestMAC)
+	s.ep.guest.Store(&mac)
+	if err := s.configure(); err != nil {
+		s.cancel()
+		return nil, fmt.Errorf("start the stack: %w", err)
+	}
+	s.ep.wg.Add(1)
+	go s.ep.readLoop()
+	return s, nil
+}
+
+// configure makes gVisor's stack: IPv4, IPv6 and TCP on one interface that takes
+// every address for its own. ARP, NDP and ICMP echo are answered by the endpoint.
+func (s *Stack) configure() error {
+	s.net = gstack.New(gstack.Options{
+		NetworkProtocols: []gstack.NetworkProtocolFactory{
+			ipv4.NewProtocol,
+			// No duplicate address detection, router solicitation or
+			// MLD: there is no link layer here, and no router but us.
+			ipv6.NewProtocolWithOptions(ipv6.Options{}),
+		},
+		TransportProtocols: []gstack.TransportProtocolFactory{tcp.NewProtocol},
+	})
+	for _, opt := range tcpOptions {
+		if err := s.net.SetTransportProtocolOption(tcp.ProtocolNumber, opt); err != nil {
+			return errno(err)
+		}
+	}
+	forwarder := tcp.NewForwarder(s.net, 0, maxHeld, s.syn.handshake)
+	s.net.SetTransportProtocolHandler(tcp.ProtocolNumber, forwarder.HandlePacket)
+	if err := s.net.CreateNIC(nicID, s.ep); err != nil {
+		return errno(err)
+	}
+	if err := s.net.SetPromiscuousMode(nicID, true); err != nil {
+		return errno(err)
+	}
+	if err := s.net.SetSpoofing(nicID, true); err != nil {
+		return errno(err)
+	}
+	s.net.SetRouteTable([]tcpip.Route{
+		{Destination: header.IPv4EmptySubnet, NIC: nicID},
+		{Destination: header.IPv6EmptySubnet, NIC: nicID},
+	})
+	return nil
+}
+
+// Buffers of one connection. The link has no latency to speak of, so little has
+// to be in flight; what a reader that stalls can hold is the maximum.
+const (
+	minBuffer     = 4 << 10
+	defaultBuffer = 512 << 10
+	maxBuffer     = 4 << 20
+)
+
+// tcpOptions are gVisor's options for TCP that differ from its defaults.
+var tcpOptions = []tcpip.SettableTransportProtocolOption{
+	// Off by default, on in every kernel since 1999.
+	ptr(tcpip.TCPSACKEnabled(true)),
+	&tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxBuffer},
+	&tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxBuffer},
+	// A buffer grows with what its flow needs, up to the maximum.
+	ptr(tcpip.TCPModerateReceiveBufferOption(true)),
+	// The link neither reorders nor delays segments, so that none turns up
+	// from an earlier connection; 60 s would only keep the ports busy.
+	ptr(tcpip.TCPTimeWaitTimeoutOption(time.Second)),
+}
+
+func ptr[T any](v T) *T { return &v }
+
+// track remembers an open connection for Close; it returns false if that has
+// already been called.
+func (s *Stack) track(c *Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.conns == nil {
+		return false
+	}
+	s.conns[c] = struct{}{}
+	return true
+}
+
+func (s *Stack) untrack(c *Conn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.conns, c)
+}
+
+// Close resets all connections, closes the device, and waits for every goroutine,
+// the callbacks included. Close is idempotent.
+func (s *Stack) Close() error {
+	s.cancel()
+	s.mu.Lock()
+	conns := s.conns
+	s.conns = nil
+	s.mu.Unlock()
+	for c := range conns {
+		_ = c.Abort()
+	}
+	s.syn.wg.Wait()
+	err := s.cfg.Device.Close()
+	s.ep.wg.Wait()
+	s.net.Close()
+	s.net.Wait()
+	return err
+}
+
+// tcpipAddr is gVisor's form of an address.
+func tcpipAddr(a netip.Addr) tcpip.Address { return tcpip.AddrFromSlice(a.AsSlice()) }
+
+// addrPort is the form that leaves the package.
+func addrPort(a tcpip.Address, port uint16) netip.AddrPort {
+	ip, _ := netip.AddrFromSlice(a.AsSlice())
+	return netip.AddrPortFrom(ip, port)
+}

@@ -1,0 +1,155 @@
+package stack
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// tunPath is the clone device of the tun driver.
+const tunPath = "/dev/net/tun"
+
+// tap is a [Device] on a tap interface. Closing it removes the interface, since
+// it is not persistent: also when the process is killed, so that the container
+// sees ENETUNREACH at once rather than a link that leads nowhere.
+type tap struct {
+	file     *os.File
+	raw      syscall.RawConn
+	mtu      int
+	offloads Offloads
+
+	// The reading goroutine's, in the struct so that reading allocates
+	// nothing.
+	readFn  func(fd uintptr) bool
+	readBuf [][]byte
+	readLen int
+	readErr error
+
+	writeMu sync.RWMutex // read-locked while writing, locked to close
+	fd      int          // -1 once closed
+}
+
+// OpenTap makes a tap interface of that name in the network namespace of the
+// calling thread (see netnsutil.NS.Do), and returns it with its MAC address. mtu
+// is what the interface is going to be configured for; its link is still down.
+// The error wraps [os.ErrNotExist] or [os.ErrPermission] where /dev/net/tun is
+// missing or forbidden, and EBUSY where the name is taken.
+func OpenTap(name string, mtu int) (Device, net.HardwareAddr, error) {
+	fd, err := unix.Open(tunPath, unix.O_RDWR|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, &os.PathError{Op: "open", Path: tunPath, Err: err}
+	}
+	t, mac, err := newTap(fd, name, mtu)
+	if err != nil {
+		unix.Close(fd)
+		return nil, nil, fmt.Errorf("make tap %s: %w", name, err)
+	}
+	return t, mac, nil
+}
+
+func newTap(fd int, name string, mtu int) (*tap, net.HardwareAddr, error) {
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	ifr.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
+		return nil, nil, os.NewSyscallError("TUNSETIFF", err)
+	}
+	offloads, err := probeOffloads(fd)
+	if err != nil {
+		return nil, nil, err
+	}
+	ifi, err := net.InterfaceByName(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	t := &tap{file: os.NewFile(uintptr(fd), tunPath), mtu: mtu, offloads: offloads, fd: fd}
+	if t.raw, err = t.file.SyscallConn(); err != nil {
+		return nil, nil, err
+	}
+	t.readFn = t.tryRead
+	return t, ifi.HardwareAddr, nil
+}
+
+// probeOffloads asks for all offloads and settles for those that the kernel
+// takes: it refuses the whole set if it knows not all of it (TUNSETOFFLOAD,
+// EINVAL). USO came with Linux 6.2.
+func probeOffloads(fd int) (Offloads, error) {
+	const tso = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6 | unix.TUN_F_TSO_ECN
+	const uso = unix.TUN_F_USO4 | unix.TUN_F_USO6
+	if unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tso|uso) == nil {
+		return Offloads{Checksum: true, TSO: true, USO: true}, nil
+	}
+	if unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, tso) == nil {
+		return Offloads{Checksum: true, TSO: true}, nil
+	}
+	return Offloads{}, os.NewSyscallError("TUNSETOFFLOAD", unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, 0))
+}
+
+func (t *tap) Read(bufs [][]byte) (int, error) {
+	t.readBuf = bufs
+	err := t.raw.Read(t.readFn)
+	t.readBuf = nil
+	if err == nil {
+		err = t.readErr
+	}
+	return t.readLen, closedErr(err)
+}
+
+func (t *tap) tryRead(fd uintptr) bool {
+	for {
+		t.readLen, t.readErr = unix.Readv(int(fd), t.readBuf)
+		switch t.readErr { //nolint:errorlint // a bare errno, on the fast path
+		case unix.EAGAIN:
+			return false
+		case unix.EINTR:
+			continue
+		}
+		return true
+	}
+}
+
+// Write never waits: a tap has no limit on what it takes (its sk_sndbuf is
+// INT_MAX), the frame goes through the container's stack before write(2) ends.
+func (t *tap) Write(bufs [][]byte) error {
+	t.writeMu.RLock()
+	defer t.writeMu.RUnlock()
+	if t.fd < 0 {
+		return net.ErrClosed
+	}
+	for {
+		_, err := unix.Writev(t.fd, bufs)
+		if err == unix.EINTR { //nolint:errorlint // a bare errno, on the fast path
+			continue
+		}
+		return err
+	}
+}
+
+func (t *tap) MTU() int           { return t.mtu }
+func (t *tap) Offloads() Offloads { return t.offloads }
+
+func (t *tap) Close() error {
+	t.writeMu.Lock()
+	closed := t.fd < 0
+	t.fd = -1
+	t.writeMu.Unlock()
+	if closed {
+		return nil
+	}
+	return t.file.Close()
+}
+
+// closedErr turns package os's word for a closed file into package net's.
+func closedErr(err error) error {
+	if errors.Is(err, os.ErrClosed) {
+		return net.ErrClosed
+	}
+	return err
+}
