@@ -37,6 +37,11 @@ type Config struct {
 	// Echo is called for each ICMP echo request from the container, under
 	// the same rules as UDP. Nil drops all.
 	Echo func(*Echo)
+	// Idle is called on the reading goroutine when the device has no
+	// further frame, before it waits for one: whoever gathers datagrams
+	// from UDP into batches sends them now. It must not block. Nil is
+	// nothing to do.
+	Idle func()
 	// Logger takes what an operator must know; nil discards it.
 	Logger *slog.Logger
 }
@@ -56,6 +61,10 @@ type Datagram struct {
 	// SegmentSize cuts Payload into datagrams of that size, the last one
 	// may be shorter. 0 means that Payload is one datagram.
 	SegmentSize int
+	// DontFragment is set on a datagram that left the container in one
+	// piece and is to stay so: IPv4 with DF, IPv6 without a fragment
+	// header. If a link is too narrow for it, the container is told.
+	DontFragment bool
 }
 
 // Echo is one ICMP or ICMPv6 echo request from the container, or the reply to
