@@ -1,0 +1,67 @@
+package stack
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/netip"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// tcpPair is two connected kernel sockets on the host's loopback.
+func tcpPair(t testing.TB) (a, b *net.TCPConn) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer l.Close()
+	c, err := net.Dial("tcp", l.Addr().String())
+	require.NoError(t, err)
+	d, err := l.Accept()
+	require.NoError(t, err)
+	t.Cleanup(func() { c.Close(); d.Close() })
+	return c.(*net.TCPConn), d.(*net.TCPConn)
+}
+
+// BenchmarkTapStream moves bytes from one kernel socket on the host over the tap
+// to another in the namespace, and back.
+func BenchmarkTapStream(b *testing.B) {
+	for _, mtu := range []int{1500, 65520} {
+		for _, dir := range []string{"in", "out"} {
+			b.Run(itoa(mtu)+"/"+dir, func(b *testing.B) {
+				ns, s := newTapStack(b, Config{}, mtu)
+				l, addr := listen(b, ns, guest4)
+				conn, err := s.DialTCP(context.Background(), netip.AddrPortFrom(client4, 0), addr)
+				require.NoError(b, err)
+				inside, err := l.Accept()
+				require.NoError(b, err)
+				outside, host := tcpPair(b)
+				src, dst := net.Conn(outside), inside
+				if dir == "in" {
+					go func() { conn.ReadFrom(host); conn.Close() }()
+				} else {
+					src, dst = inside, outside
+					go func() { conn.WriteTo(host); host.Close() }()
+				}
+				go func() {
+					buf := make([]byte, 128<<10)
+					for {
+						if _, err := src.Write(buf); err != nil {
+							return
+						}
+					}
+				}()
+				buf := make([]byte, 128<<10)
+				b.SetBytes(int64(len(buf)))
+				b.ReportAllocs()
+				for b.Loop() {
+					_, err := io.ReadFull(dst, buf)
+					require.NoError(b, err)
+				}
+				src.Close()
+				dst.Close()
+				conn.Abort()
+			})
+		}
+	}
+}

@@ -1,0 +1,160 @@
+package stack
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/gofwd/gofwd/netnsutil"
+)
+
+var (
+	guest4   = netip.MustParseAddr("10.0.2.100")
+	guest6   = netip.MustParseAddr("fd67:6f66:7764::100")
+	client4  = netip.MustParseAddr("198.51.100.2")
+	client6  = netip.MustParseAddr("2001:db8:1::2")
+	families = []struct {
+		name          string
+		guest, client netip.Addr
+	}{{"IPv4", guest4, client4}, {"IPv6", guest6, client6}}
+)
+
+// newTapStack makes a namespace with a tap in it and a stack at its far end.
+func newTapStack(t testing.TB, cfg Config, mtu int) (*netnsutil.NS, *Stack) {
+	t.Helper()
+	ns, err := netnsutil.New()
+	require.NoError(t, err)
+	t.Cleanup(func() { ns.Close() })
+	require.NoError(t, ns.Do(func() error {
+		var err error
+		cfg.Device, cfg.GuestMAC, err = OpenTap("tap0", mtu)
+		return err
+	}))
+	for _, args := range []string{
+		"link set lo up", "link set tap0 up mtu " + itoa(mtu),
+		"addr add 10.0.2.100/24 dev tap0", "addr add fd67:6f66:7764::100/64 dev tap0 nodad",
+		"route add default via 10.0.2.2", "-6 route add default via fd67:6f66:7764::2",
+	} {
+		require.NoError(t, ns.Do(func() error {
+			out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput()
+			if err != nil {
+				return errors.New(args + ": " + string(out))
+			}
+			return nil
+		}))
+	}
+	cfg.Guest = append(cfg.Guest, guest4, guest6)
+	s, err := New(cfg)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, s.Close()) })
+	return ns, s
+}
+
+func itoa(n int) string { return netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(n)).String()[8:] }
+
+func listen(t testing.TB, ns *netnsutil.NS, addr netip.Addr) (net.Listener, netip.AddrPort) {
+	t.Helper()
+	var l net.Listener
+	require.NoError(t, ns.Do(func() (err error) {
+		l, err = net.Listen("tcp", netip.AddrPortFrom(addr, 0).String())
+		return err
+	}))
+	t.Cleanup(func() { l.Close() })
+	return l, l.Addr().(*net.TCPAddr).AddrPort()
+}
+
+func TestDialTCPKeepsTheClientsAddress(t *testing.T) {
+	ns, s := newTapStack(t, Config{}, 1500)
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			l, addr := listen(t, ns, f.guest)
+			src := netip.AddrPortFrom(f.client, 40000)
+			c, err := s.DialTCP(context.Background(), src, addr)
+			require.NoError(t, err)
+			defer c.Close()
+			srv, err := l.Accept()
+			require.NoError(t, err)
+			defer srv.Close()
+			require.Equal(t, src.String(), srv.RemoteAddr().String())
+
+			// Half-close, both ways.
+			_, err = c.Write([]byte("question"))
+			require.NoError(t, err)
+			require.NoError(t, c.CloseWrite())
+			b, err := io.ReadAll(srv)
+			require.NoError(t, err)
+			require.Equal(t, "question", string(b))
+			_, err = srv.Write([]byte("answer"))
+			require.NoError(t, err)
+			require.NoError(t, srv.Close())
+			b, err = io.ReadAll(c)
+			require.NoError(t, err)
+			require.Equal(t, "answer", string(b))
+		})
+	}
+}
+
+func TestDialTCPRefused(t *testing.T) {
+	_, s := newTapStack(t, Config{}, 1500)
+	for _, f := range families {
+		_, err := s.DialTCP(context.Background(), netip.AddrPortFrom(f.client, 0), netip.AddrPortFrom(f.guest, 9))
+		require.ErrorIs(t, err, syscall.ECONNREFUSED, f.name)
+	}
+}
+
+func TestAcceptAndReject(t *testing.T) {
+	answer := make(chan error, 1)
+	ns, _ := newTapStack(t, Config{TCP: func(r *TCPRequest) {
+		if err := <-answer; err != nil {
+			r.Reject(err)
+			return
+		}
+		c, err := r.Accept(r.Context())
+		if err != nil {
+			return
+		}
+		io.Copy(c, c)
+		c.Close()
+	}}, 1500)
+	dial := func(to netip.Addr) (net.Conn, error) {
+		var c net.Conn
+		err := ns.Do(func() (err error) {
+			c, err = (&net.Dialer{Timeout: 2 * time.Second}).Dial("tcp", netip.AddrPortFrom(to, 80).String())
+			return err
+		})
+		return c, err
+	}
+	for _, f := range families {
+		for _, want := range []error{syscall.ECONNREFUSED, syscall.EHOSTUNREACH, syscall.ENETUNREACH} {
+			answer <- want
+			start := time.Now()
+			_, err := dial(f.client)
+			require.ErrorIs(t, err, want, f.name)
+			require.Less(t, time.Since(start), time.Second)
+		}
+		answer <- nil
+		c, err := dial(f.client)
+		require.NoError(t, err)
+		_, err = c.Write([]byte("echo"))
+		require.NoError(t, err)
+		require.NoError(t, c.(*net.TCPConn).CloseWrite())
+		b, err := io.ReadAll(c)
+		require.NoError(t, err)
+		require.Equal(t, "echo", string(b))
+		c.Close()
+	}
+}
+
+func TestMain(m *testing.M) {
+	os.Exit(m.Run())
+}
