@@ -10,8 +10,9 @@ package stack
 // wraps [net.ErrClosed], also calls that were blocked.
 type Device interface {
 	// Read reads one frame, scattered over bufs, and returns its length.
-	// It blocks until there is one.
-	Read(bufs [][]byte) (int, error)
+	// It blocks until there is one; before it does, it calls idle, unless
+	// that is nil.
+	Read(bufs [][]byte, idle func()) (int, error)
 	// Write writes one frame, gathered from bufs. It does not keep them.
 	Write(bufs [][]byte) error
 	// MTU is the largest IP packet that the other side takes unsegmented.

@@ -52,6 +52,7 @@ type endpoint struct {
 
 	udp  func(*Datagram)
 	echo func(*Echo)
+	idle func()
 	syn  func(*packet, []byte) bool // reports whether it kept the SYN
 
 	// Of the reading goroutine: no packet of ours allocates.
@@ -105,7 +106,7 @@ func (e *endpoint) readLoop() {
 	defer func() { view.Release() }()
 	bufs := [][]byte{head[:], view.AsSlice()}
 	for {
-		n, err := e.dev.Read(bufs)
+		n, err := e.dev.Read(bufs, e.idle)
 		if err != nil {
 			if !errors.Is(err, net.ErrClosed) {
 				e.log.Error("the container's link ended", "err", err)

@@ -49,6 +49,7 @@ type packet struct {
 	proto    uint8
 	hops     uint8 // TTL or hop limit
 	tos      uint8
+	df       bool // must not be fragmented on its way
 
 	// Of a fragment (frag is true): where l4 belongs in the whole, in
 	// bytes, whether more follow, and the whole's identification.
@@ -90,7 +91,8 @@ func (p *packet) parse4(b []byte) error {
 	p.tos, p.hops, p.proto = b[1], b[8], b[9]
 	p.src = netip.AddrFrom4([4]byte(b[12:16]))
 	p.dst = netip.AddrFrom4([4]byte(b[16:20]))
-	const moreFragments, offset = 0x2000, 0x1fff
+	const dontFragment, moreFragments, offset = 0x4000, 0x2000, 0x1fff
+	p.df = b[6]&(dontFragment>>8) != 0
 	if f := binary.BigEndian.Uint16(b[6:]); f&(moreFragments|offset) != 0 {
 		p.frag, p.more, p.fragOff = true, f&moreFragments != 0, int(f&offset)*8
 		p.fragID, p.fragNext = uint32(binary.BigEndian.Uint16(b[4:])), p.proto
@@ -129,7 +131,7 @@ func (p *packet) parse6(b []byte) error {
 			p.frag, p.more, p.fragOff = true, f&1 != 0, int(f&^7)
 			return nil
 		default:
-			p.proto, p.l4 = next, rest
+			p.proto, p.l4, p.df = next, rest, true
 			return nil
 		}
 	}

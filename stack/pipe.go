@@ -23,7 +23,10 @@ type pipe struct {
 	once     *sync.Once // closes done
 }
 
-func (p *pipe) Read(bufs [][]byte) (int, error) {
+func (p *pipe) Read(bufs [][]byte, idle func()) (int, error) {
+	if idle != nil && len(p.in) == 0 {
+		idle()
+	}
 	select {
 	case frame := <-p.in:
 		n := 0

@@ -119,7 +119,7 @@ func New(cfg Config) (*Stack, error) {
 	s.ep = &endpoint{
 		dev: cfg.Device, mtu: cfg.Device.MTU(), offloads: cfg.Device.Offloads(),
 		own: make(map[netip.Addr]bool), log: cfg.Logger, stats: &s.stats,
-		udp: cfg.UDP, echo: cfg.Echo, syn: s.syn.handle,
+		udp: cfg.UDP, echo: cfg.Echo, idle: cfg.Idle, syn: s.syn.handle,
 	}
 	s.ep.capture.drops = &s.stats.captureDrop
 	s.ep.frags.drops = &s.stats.fragments

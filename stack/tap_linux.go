@@ -27,6 +27,7 @@ type tap struct {
 	// nothing.
 	readFn  func(fd uintptr) bool
 	readBuf [][]byte
+	idle    func()
 	readLen int
 	readErr error
 
@@ -92,10 +93,10 @@ func probeOffloads(fd int) (Offloads, error) {
 	return Offloads{}, os.NewSyscallError("TUNSETOFFLOAD", unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, 0))
 }
 
-func (t *tap) Read(bufs [][]byte) (int, error) {
-	t.readBuf = bufs
+func (t *tap) Read(bufs [][]byte, idle func()) (int, error) {
+	t.readBuf, t.idle = bufs, idle
 	err := t.raw.Read(t.readFn)
-	t.readBuf = nil
+	t.readBuf, t.idle = nil, nil
 	if err == nil {
 		err = t.readErr
 	}
@@ -107,6 +108,9 @@ func (t *tap) tryRead(fd uintptr) bool {
 		t.readLen, t.readErr = unix.Readv(int(fd), t.readBuf)
 		switch t.readErr { //nolint:errorlint // a bare errno, on the fast path
 		case unix.EAGAIN:
+			if t.idle != nil {
+				t.idle()
+			}
 			return false
 		case unix.EINTR:
 			continue

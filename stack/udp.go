@@ -38,7 +38,7 @@ func (e *endpoint) handleUDP(p *packet) {
 		TTL:         p.hops,
 		TOS:         p.tos,
 		Payload:     p.l4[udpHdrLen:length],
-		SegmentSize: segment,
+		SegmentSize: segment, DontFragment: p.df,
 	}
 	e.udp(&e.datagram)
 }
