@@ -108,7 +108,7 @@ func (m *hostMap) guestOf(is4 bool) netip.Addr {
 func (m *hostMap) destination(dst netip.AddrPort) (netip.AddrPort, error) {
 	addr, port := dst.Addr().Unmap().WithZone(""), dst.Port()
 	switch {
-	case slices.Contains(m.dns, addr) && (port == 53 || port == 853):
+	case m.isDNS(dst):
 		server, err := m.nameserver()
 		return netip.AddrPortFrom(server, port), err
 	case slices.Contains(m.loopback, addr):
@@ -126,6 +126,12 @@ func (m *hostMap) destination(dst netip.AddrPort) (netip.AddrPort, error) {
 		return netip.AddrPort{}, syscall.EHOSTUNREACH
 	}
 	return netip.AddrPortFrom(addr, port), nil
+}
+
+// isDNS reports whether dst is where the container finds its resolver: DNS or
+// DNS over TLS at a DNS address.
+func (m *hostMap) isDNS(dst netip.AddrPort) bool {
+	return slices.Contains(m.dns, dst.Addr().Unmap()) && (dst.Port() == 53 || dst.Port() == 853)
 }
 
 // invented reports whether addr is in a net that exists only between the

@@ -2,8 +2,10 @@ package forward
 
 import (
 	"context"
+	"errors"
 	"net"
 	"net/netip"
+	"syscall"
 )
 
 // flowConn is either end of a TCP flow: a host socket, a transparent socket in
@@ -14,9 +16,108 @@ type flowConn interface {
 	CloseWrite() error
 }
 
-// dialer is a path into the namespace: it connects to dst there with src as the
-// address that the server sees. There are two, *stack.Stack (tap) and *nsDialer
-// (kernel).
+// dialer is a way into the namespace: it connects to dst there with src as the
+// address that the server sees.
 type dialer interface {
 	DialTCP(ctx context.Context, src, dst netip.AddrPort) (flowConn, error)
+}
+
+// paths are the ways into the namespace, and the choice between them.
+type paths struct {
+	addrs *hostMap
+	// tap is the stack at the far end of the tap.
+	tap dialer
+	// kernel is transparent sockets in the namespace; nil where there can
+	// be none, and noKernel says why.
+	kernel   dialer
+	noKernel string
+	// local is ordinary sockets in the namespace, for its loopback: no
+	// packet to or from 127.0.0.1 may cross the tap. It takes no source.
+	local dialer
+}
+
+// route is one way for one flow.
+type route struct {
+	path     Datapath
+	dialer   dialer
+	src, dst netip.AddrPort
+}
+
+// routes chooses the path, the source and the destination for a new inbound
+// flow of rule, from client to port in the namespace. The first route is the
+// one to take; where nothing listens at its end, a server of the other family
+// may at that of the second.
+func (p *paths) routes(rule Rule, client netip.AddrPort, port uint16) []route {
+	var targets []netip.Addr
+	is4 := client.Addr().Unmap().Is4()
+	switch {
+	case rule.Target.IsValid():
+		targets = []netip.Addr{rule.Target.Unmap()}
+	case p.addrs.loopbackToLoopback && client.Addr().Unmap().IsLoopback():
+		targets = []netip.Addr{loopbackOf(is4), loopbackOf(!is4)}
+	default:
+		targets = []netip.Addr{p.addrs.guestOf(is4), p.addrs.guestOf(!is4)}
+	}
+	var routes []route
+	for _, target := range targets {
+		if !target.IsValid() {
+			continue
+		}
+		r := route{src: p.addrs.source(client, target), dst: netip.AddrPortFrom(target, port)}
+		switch {
+		case target.IsLoopback():
+			r.path, r.dialer = Kernel, p.local
+		case p.kernel != nil && !r.src.Addr().IsLinkLocalUnicast():
+			r.path, r.dialer = Kernel, p.kernel
+		default:
+			// A link-local source belongs to the link that it comes
+			// from; seen from the namespace that is the tap.
+			r.path, r.dialer = Tap, p.tap
+		}
+		routes = append(routes, r)
+	}
+	return routes
+}
+
+// describe returns the path that the flows of rule take, and why it is not the
+// best one.
+func (p *paths) describe(rule Rule) (Datapath, string) {
+	switch {
+	case rule.Dir == Out:
+		return Kernel, ""
+	case rule.Target.IsValid() && rule.Target.Unmap().IsLoopback():
+		return Kernel, "the namespace's loopback sees every client as " + loopbackOf(rule.Target.Unmap().Is4()).String()
+	case p.kernel == nil:
+		return Tap, p.noKernel
+	}
+	return Kernel, ""
+}
+
+// dial connects a new inbound flow by the first of its routes that has a server
+// at its end, and returns that route. The error is that of the first route.
+func dial(ctx context.Context, routes []route) (flowConn, route, error) {
+	first := errors.New("the container has no address that fits")
+	for i, r := range routes {
+		c, err := r.dial(ctx)
+		if err == nil {
+			return c, r, nil
+		}
+		if i == 0 {
+			first = err
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			break
+		}
+	}
+	return nil, route{}, first
+}
+
+// dial connects. A client whose port is taken, since it uses the same for two
+// forwards to one server, keeps its address and gets another port.
+func (r route) dial(ctx context.Context) (flowConn, error) {
+	c, err := r.dialer.DialTCP(ctx, r.src, r.dst)
+	if errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.EADDRNOTAVAIL) {
+		return r.dialer.DialTCP(ctx, netip.AddrPortFrom(r.src.Addr(), 0), r.dst)
+	}
+	return c, err
 }

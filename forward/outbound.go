@@ -1,0 +1,131 @@
+package forward
+
+import (
+	"context"
+	"net"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"github.com/gofwd/gofwd/stack"
+)
+
+// request is a connection that the container wants to open, its SYN held until
+// it is answered: see [stack.TCPRequest].
+type request struct {
+	src, dst netip.AddrPort
+	ctx      context.Context
+	accept   func(context.Context) (flowConn, error)
+	reject   func(error)
+}
+
+// fromNamespace is the stack's callback for TCP.
+func (e *tcpEngine) fromNamespace(r *stack.TCPRequest) {
+	e.serveRequest(request{
+		src: r.Src, dst: r.Dst, ctx: r.Context(), reject: r.Reject,
+		accept: func(ctx context.Context) (flowConn, error) {
+			c, err := r.Accept(ctx)
+			if err != nil {
+				return nil, err // no typed nil
+			}
+			return c, nil
+		},
+	})
+}
+
+// serveRequest carries a connection from the namespace to the world: it dials
+// first, and answers the container as the dial was answered.
+func (e *tcpEngine) serveRequest(r request) {
+	if !e.enter() {
+		r.reject(syscall.ECONNREFUSED)
+		return
+	}
+	defer e.wg.Done()
+	e.outbound.begin()
+	defer e.outbound.end()
+	ctx, cancel := context.WithCancel(r.ctx)
+	defer cancel()
+	defer context.AfterFunc(e.ctx, cancel)()
+
+	log := e.log.With("client", r.src, "to", r.dst)
+	outer, err := e.dialOut(ctx, r.dst)
+	if err != nil {
+		r.reject(err)
+		log.Debug("outbound connection refused", "err", err)
+		return
+	}
+	inner, err := r.accept(ctx)
+	if err != nil {
+		abort(outer)
+		log.Debug("outbound connection given up", "err", err)
+		return
+	}
+	e.relay(&relay{outer: outer, inner: inner, counters: &e.outbound}, log.With("path", Tap))
+}
+
+// dialOut dials what the container knows as dst. A nameserver that can't be
+// reached is passed over for the next.
+func (e *tcpEngine) dialOut(ctx context.Context, dst netip.AddrPort) (flowConn, error) {
+	addrs := e.paths.addrs
+	tried := make(map[netip.Addr]bool)
+	for {
+		to, err := addrs.destination(dst)
+		if err != nil {
+			return nil, err
+		}
+		c, err := e.dialHost(ctx, to)
+		if err == nil || !addrs.isDNS(dst) || ctx.Err() != nil {
+			return c, err
+		}
+		tried[to.Addr()] = true
+		e.dns.failed(to.Addr())
+		if next, nextErr := e.dns.next(); nextErr != nil || tried[next] {
+			return nil, err
+		}
+	}
+}
+
+// serveOut carries a connection from the namespace's loopback to the host's.
+func (e *tcpEngine) serveOut(l tcpListener, c *net.TCPConn) {
+	client := c.RemoteAddr().(*net.TCPAddr).AddrPort()
+	log := e.log.With("client", client, "forward", l.Addr(), "path", Kernel)
+	outer, err := e.dialLoopback(l.rule.rule.Target, client.Addr().Unmap().Is4(), l.port)
+	if err != nil {
+		abort(c)
+		log.Debug("connection refused", "err", err)
+		return
+	}
+	e.relay(&relay{outer: outer, inner: c, counters: &l.rule.flowCounters}, log)
+}
+
+// dialLoopback dials target on the host; its loopback where target is zero, of
+// the client's family first.
+func (e *tcpEngine) dialLoopback(target netip.Addr, is4 bool, port uint16) (flowConn, error) {
+	ctx, cancel := context.WithTimeout(e.ctx, dialTimeout)
+	defer cancel()
+	if target.IsValid() {
+		return e.dialHost(ctx, netip.AddrPortFrom(target, port))
+	}
+	c, err := e.dialHost(ctx, netip.AddrPortFrom(loopbackOf(is4), port))
+	if err != nil {
+		if other, err := e.dialHost(ctx, netip.AddrPortFrom(loopbackOf(!is4), port)); err == nil {
+			return other, nil
+		}
+	}
+	return c, err
+}
+
+// dialHostTCP connects to dst from the thread's own network namespace, the
+// host's.
+func dialHostTCP(ctx context.Context, dst netip.AddrPort) (flowConn, error) {
+	d := net.Dialer{KeepAliveConfig: keepAlive}
+	c, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, dst)
+	if err != nil {
+		return nil, err // no typed nil
+	}
+	return c, nil
+}
+
+// keepAlive finds peers that have gone without a word, within four minutes: soon
+// enough not to collect them, and rarely enough not to keep a radio awake.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Minute, Interval: 30 * time.Second, Count: 4}

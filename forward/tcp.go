@@ -1,0 +1,174 @@
+package forward
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+)
+
+// dialTimeout bounds how long a client waits for a container that doesn't
+// answer: as long as Linux tries with tcp_syn_retries=4.
+const dialTimeout = 31 * time.Second
+
+// tcpEngine carries TCP, both ways: connections that its listeners accept, and
+// those that the container begins (outbound.go). Each is a goroutine from accept
+// to the end, and a second one while it is relayed.
+type tcpEngine struct {
+	paths *paths
+	dns   *nameservers
+	// dialHost connects to dst in the host's namespace.
+	dialHost func(ctx context.Context, dst netip.AddrPort) (flowConn, error)
+	log      *slog.Logger
+	outbound flowCounters // of connections that no rule made
+	bufs     bufferPool
+
+	ctx    context.Context // ends with close
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu        sync.Mutex // guards the following fields
+	closed    bool
+	listeners []*net.TCPListener
+	relays    map[*relay]struct{}
+}
+
+func newTCPEngine(p *paths, dns *nameservers, log *slog.Logger) *tcpEngine {
+	e := &tcpEngine{paths: p, dns: dns, dialHost: dialHostTCP, log: log, relays: make(map[*relay]struct{})}
+	e.ctx, e.cancel = context.WithCancel(context.Background())
+	return e
+}
+
+// tcpListener is one port of a rule, and where it leads.
+type tcpListener struct {
+	*net.TCPListener
+	rule *activeRule
+	port uint16 // on the target side
+}
+
+// listen accepts connections from ln, which the engine owns, until close.
+func (e *tcpEngine) listen(ln *net.TCPListener, rule *activeRule, port uint16) {
+	if !e.enter() {
+		ln.Close()
+		return
+	}
+	e.mu.Lock()
+	e.listeners = append(e.listeners, ln)
+	e.mu.Unlock()
+	go e.acceptLoop(tcpListener{ln, rule, port})
+}
+
+// acceptLoop accepts until the listener is closed. No other error ends it: what
+// accept(2) reports is either about one connection or passes.
+func (e *tcpEngine) acceptLoop(l tcpListener) {
+	defer e.wg.Done()
+	const minDelay, maxDelay = 5 * time.Millisecond, time.Second
+	delay := minDelay
+	for {
+		c, err := l.AcceptTCP()
+		switch {
+		case err == nil:
+			delay = minDelay
+			if e.enter() {
+				go e.serve(l, c)
+			} else {
+				abort(c)
+			}
+		case errors.Is(err, net.ErrClosed):
+			return
+		default:
+			// No more descriptors, or no memory: the clients wait in
+			// the backlog.
+			if delay == minDelay {
+				e.log.Warn("connections have to wait", "forward", l.Addr(), "err", err)
+			}
+			select {
+			case <-time.After(delay):
+			case <-e.ctx.Done():
+			}
+			delay = min(2*delay, maxDelay)
+		}
+	}
+}
+
+// serve carries one accepted connection, in the direction of its rule.
+func (e *tcpEngine) serve(l tcpListener, c *net.TCPConn) {
+	defer e.wg.Done()
+	l.rule.begin()
+	defer l.rule.end()
+	if l.rule.rule.Dir == Out {
+		e.serveOut(l, c)
+	} else {
+		e.serveIn(l, c)
+	}
+}
+
+// serveIn carries a connection from the host into the namespace.
+func (e *tcpEngine) serveIn(l tcpListener, c *net.TCPConn) {
+	client := c.RemoteAddr().(*net.TCPAddr).AddrPort()
+	ctx, cancel := context.WithTimeout(e.ctx, dialTimeout)
+	inner, r, err := dial(ctx, e.paths.routes(l.rule.rule, client, l.port))
+	cancel()
+	log := e.log.With("client", client, "forward", l.Addr(), "path", r.path)
+	if err != nil {
+		// The handshake with the client is done: RST is the nearest to
+		// "refused" that there is.
+		abort(c)
+		log.Debug("connection refused", "err", err)
+		return
+	}
+	e.relay(&relay{outer: c, inner: inner, counters: &l.rule.flowCounters}, log.With("source", r.src, "server", r.dst))
+}
+
+// relay runs r to its end and writes the connection log.
+func (e *tcpEngine) relay(r *relay, log *slog.Logger) {
+	r.bufs = &e.bufs
+	e.mu.Lock()
+	if e.closed {
+		e.mu.Unlock()
+		r.abort(endShutdown)
+		return
+	}
+	e.relays[r] = struct{}{}
+	e.mu.Unlock()
+
+	begin := time.Now()
+	r.run()
+
+	e.mu.Lock()
+	delete(e.relays, r)
+	e.mu.Unlock()
+	log.Debug("connection ended", "in", r.in, "out", r.out, "duration", time.Since(begin).Round(time.Millisecond), "how", r.ending)
+}
+
+// enter counts a goroutine that close waits for; it is false after close.
+func (e *tcpEngine) enter() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return false
+	}
+	e.wg.Add(1)
+	return true
+}
+
+// close closes the listeners, ends every connection with RST, and waits for all
+// goroutines. It is idempotent.
+func (e *tcpEngine) close() {
+	e.mu.Lock()
+	e.closed = true
+	listeners, relays := e.listeners, e.relays
+	e.listeners, e.relays = nil, nil
+	e.mu.Unlock()
+	e.cancel()
+	for _, l := range listeners {
+		l.Close()
+	}
+	for r := range relays {
+		r.abort(endShutdown)
+	}
+	e.wg.Wait()
+}
