@@ -184,7 +184,7 @@ type socketReader struct {
 }
 
 func newSocketReader(raw syscall.RawConn, bufs *bufferPool) *socketReader {
-	r := newSocketReader(raw, bufs)
+	r := &socketReader{raw: raw, bufs: bufs}
 	r.callback = r.read
 	return r
 }
