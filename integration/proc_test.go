@@ -237,7 +237,7 @@ func (n *node) startGofwdCmd(t *testing.T, name string, cmd *exec.Cmd) *gofwd {
 	got, err := ready.Read(make([]byte, 16))
 	if err != nil || got == 0 {
 		code := g.exit(t, patience)
-		require.Fail(t, "not ready", "%v: exit %d: %s", cmd.Args, code, g.log.String())
+		require.Fail(t, "not ready", "%v: exit %d", cmd.Args, code)
 	}
 	return g
 }
