@@ -42,13 +42,9 @@ func (h holder) String() string {
 // port where /proc tells.
 func (b *binder) nameHolder(e *Error) error {
 	var sockets []procSocket
-	read := func() error {
-		sockets = socketsOn(e.Rule)
-		return nil
-	}
 	if e.Rule.Dir == In {
-		read()
-	} else if err := b.ns.Do(read); err != nil {
+		sockets = socketsOn(e.Rule)
+	} else if err := b.ns.Do(func() error { sockets = socketsOn(e.Rule); return nil }); err != nil {
 		return e.Err
 	}
 	if len(sockets) == 0 { // it has just gone, or never did more than bind(2)

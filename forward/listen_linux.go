@@ -120,13 +120,12 @@ func (b *binder) bindRange(bindings []*binding) error {
 			rules[j] = to.rule.only(i)
 		}
 		listeners, err := b.bindPort(rules...)
-		var failed *Error
-		switch {
-		case err == nil:
-		case first.rule.Weak && !exhausted(err) && errors.As(err, &failed):
+		if err != nil {
+			failed, ok := errors.AsType[*Error](err)
+			if !ok || !first.rule.Weak || exhausted(err) {
+				return err
+			}
 			first.failed = append(first.failed, failed)
-		default:
-			return err
 		}
 		for _, l := range listeners {
 			for _, to := range bindings {
@@ -311,21 +310,13 @@ func (l *boundListener) prepare(fd int) error {
 	return err
 }
 
-// Clients that have gone without a word are found within four minutes: soon
-// enough not to collect them, and rarely enough not to keep a radio awake.
-const (
-	keepAliveIdle     = 120 // seconds
-	keepAliveInterval = 30  // seconds
-	keepAliveCount    = 4
-)
-
 // prepareTCP sets what accepted sockets inherit from a listener.
 func prepareTCP(fd int) error {
 	return setOptions(fd, []option{
 		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, keepAliveIdle},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, keepAliveInterval},
-		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAliveCount},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(keepAlive.Idle.Seconds())},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(keepAlive.Interval.Seconds())},
+		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
 	})
 }
 
@@ -369,13 +360,11 @@ func setOptions(fd int, options []option) error {
 
 // plainErr strips what package net wraps around an error of ours or the kernel's.
 func plainErr(err error) error {
-	var op *net.OpError
-	if errors.As(err, &op) {
+	if op, ok := errors.AsType[*net.OpError](err); ok {
 		err = op.Err
 	}
-	var sys *os.SyscallError
-	if errors.As(err, &sys) {
-		err = sys.Err
+	if call, ok := errors.AsType[*os.SyscallError](err); ok {
+		err = call.Err
 	}
 	return err
 }

@@ -213,12 +213,10 @@ func TestListenWithoutIPv6(t *testing.T) {
 // onOwnThread runs fn on a thread that ends with it.
 func onOwnThread(fn func()) {
 	var wg sync.WaitGroup
-	wg.Add(1)
-	go func() {
-		defer wg.Done()
+	wg.Go(func() {
 		runtime.LockOSThread() // for good
 		fn()
-	}()
+	})
 	wg.Wait()
 }
 

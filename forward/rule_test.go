@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -129,7 +130,7 @@ func TestValidate(t *testing.T) {
 		{"9001:80", `port rules "127.0.0.1:9001:80/tcp" and "9001:80/tcp" overlap: both listen on port 9001/tcp`},
 		{"[::]:9001:80", `port rules "[::1]:9001:80/tcp" and "[::]:9001:80/tcp" overlap: both listen on port 9001/tcp`},
 	} {
-		require.EqualError(t, Validate(append(ok[:len(ok):len(ok)], rule(tt.bad))), tt.want)
+		require.EqualError(t, Validate(append(slices.Clip(ok), rule(tt.bad))), tt.want)
 	}
 }
 

@@ -62,9 +62,9 @@ func TestAcceptedInheritKeepAlive(t *testing.T) {
 	require.NoError(t, err)
 	defer in.Close()
 	require.Equal(t, 1, sockopt(t, in, unix.SOL_SOCKET, unix.SO_KEEPALIVE))
-	require.Equal(t, keepAliveIdle, sockopt(t, in, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE))
-	require.Equal(t, keepAliveInterval, sockopt(t, in, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL))
-	require.Equal(t, keepAliveCount, sockopt(t, in, unix.IPPROTO_TCP, unix.TCP_KEEPCNT))
+	require.Equal(t, int(keepAlive.Idle.Seconds()), sockopt(t, in, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE))
+	require.Equal(t, int(keepAlive.Interval.Seconds()), sockopt(t, in, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL))
+	require.Equal(t, keepAlive.Count, sockopt(t, in, unix.IPPROTO_TCP, unix.TCP_KEEPCNT))
 }
 
 func TestUDPOptions(t *testing.T) {
