@@ -10,8 +10,11 @@
 // that. A socket keeps the namespace in which it was made for all its life, so
 // only socket(2) and the like need the right thread; reads and writes do not.
 //
-// A thread that cannot go back is poisoned: it stays locked, and the runtime
-// ends it together with its goroutine.
+// Going back needs CAP_SYS_ADMIN over the owner of the namespace that was left.
+// Root has that, but the ordinary user's gofwd does not: it lives in the host's
+// network namespace as root of a user namespace, and a container's namespace is
+// a one-way street for its threads. Therefore all this happens on a thread of
+// its own, which stays locked, so that the runtime ends it with its goroutine.
 //
 // # Namespaces and threads
 //

@@ -3,6 +3,7 @@ package netnsutil
 import (
 	"net"
 	"net/netip"
+	"slices"
 )
 
 // Link is the description of one network interface in plain values: what
@@ -16,7 +17,9 @@ type Link struct {
 	// Addrs are set on the interface with their prefix length, without
 	// duplicate address detection: nobody else is on the link.
 	Addrs []netip.Prefix
-	// Routes are added to the main table, through the interface.
+	// Routes are added to the main table, through the interface, those to
+	// gateways of other routes first. A gateway need not be in one of the
+	// nets of Addrs.
 	Routes []Route
 }
 
@@ -26,4 +29,29 @@ type Route struct {
 	Dst netip.Prefix
 	// Via is the gateway; the zero Addr says that Dst is on the link.
 	Via netip.Addr
+}
+
+// inOrder returns the routes such that a route to a gateway precedes those that
+// go by it: what is on the link comes first.
+func (l Link) inOrder() []Route {
+	routes := slices.Clone(l.Routes)
+	slices.SortStableFunc(routes, func(a, b Route) int {
+		switch {
+		case a.Via.IsValid() == b.Via.IsValid():
+			return 0
+		case a.Via.IsValid():
+			return 1
+		default:
+			return -1
+		}
+	})
+	return routes
+}
+
+// reaches reports whether the kernel will find gateway on the link by the
+// addresses there; else it must be told so (RTNH_F_ONLINK). No gateway needs
+// no finding.
+func (l Link) reaches(gateway netip.Addr) bool {
+	return !gateway.IsValid() || gateway.IsLinkLocalUnicast() && gateway.Is6() ||
+		slices.ContainsFunc(l.Addrs, func(p netip.Prefix) bool { return p.Contains(gateway) })
 }

@@ -1,0 +1,149 @@
+package netnsutil
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Configure brings up loopback in ns, and then makes link true: MTU, MAC
+// address, addresses, up, routes. The interface must exist; an empty link.Name
+// is none, so that the zero Link brings up loopback alone. Addresses and routes
+// that the namespace has besides are left alone, and doing it again changes
+// nothing.
+//
+// The addresses are usable at once: there is no duplicate address detection on
+// the interface. Neither does it take router advertisements.
+func (ns *NS) Configure(link Link) error {
+	err := ns.Do(func() error {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		if err := linkUp(h, "lo"); err != nil || link.Name == "" {
+			return err
+		}
+		return configureLink(h, link)
+	})
+	if err != nil {
+		return fmt.Errorf("configure network namespace %s: %w", ns, err)
+	}
+	return nil
+}
+
+func linkUp(h *netlink.Handle, name string) error {
+	l, err := h.LinkByName(name)
+	if err == nil {
+		err = h.LinkSetUp(l)
+	}
+	if err != nil {
+		return fmt.Errorf("bring up interface %s: %w", name, err)
+	}
+	return nil
+}
+
+func configureLink(h *netlink.Handle, link Link) error {
+	l, err := h.LinkByName(link.Name)
+	if err != nil {
+		return fmt.Errorf("find interface %s: %w", link.Name, err)
+	}
+	hasIPv6 := slices.ContainsFunc(link.Addrs, func(p netip.Prefix) bool { return p.Addr().Is6() })
+	setIPv6Conf(link.Name, hasIPv6)
+	if link.MTU != 0 {
+		if err := h.LinkSetMTU(l, link.MTU); err != nil {
+			return fmt.Errorf("set MTU of interface %s to %d: %w", link.Name, link.MTU, err)
+		}
+	}
+	if link.HardwareAddr != nil {
+		if err := h.LinkSetHardwareAddr(l, link.HardwareAddr); err != nil {
+			return fmt.Errorf("set MAC address of interface %s to %s: %w", link.Name, link.HardwareAddr, err)
+		}
+	}
+	if err := linkUp(h, link.Name); err != nil {
+		return err
+	}
+	for _, p := range link.Addrs {
+		addr := &netlink.Addr{IPNet: ipNet(p)}
+		if p.Addr().Is6() {
+			addr.Flags = unix.IFA_F_NODAD
+		}
+		if err := h.AddrReplace(l, addr); err != nil {
+			return fmt.Errorf("add address %s to interface %s: %w", p, link.Name, err)
+		}
+	}
+	for _, r := range link.inOrder() {
+		route := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(r.Dst)}
+		if r.Via.IsValid() {
+			route.Gw = r.Via.AsSlice()
+		} else if r.Dst.Addr().Is4() {
+			route.Scope = netlink.SCOPE_LINK
+		}
+		if !link.reaches(r.Via) {
+			route.Flags = int(netlink.FLAG_ONLINK)
+		}
+		if err := h.RouteReplace(route); err != nil {
+			return fmt.Errorf("add route to %s by interface %s: %w", r.Dst, link.Name, err)
+		}
+	}
+	return nil
+}
+
+// setIPv6Conf sets the interface's IPv6 knobs (kernel's ip-sysctl.rst); /proc/sys
+// shows the namespace of the thread that opens a file. It does what it can: in a
+// kernel without IPv6 there is nothing to do, and where /proc is mounted
+// read-only either the address cannot be added, which gets reported, or all that
+// is lost is a second until the link-local address can be used.
+func setIPv6Conf(ifname string, enable bool) {
+	conf := []struct{ name, value string }{
+		{"accept_ra", "0"}, {"autoconf", "0"}, {"accept_dad", "0"},
+	}
+	if enable {
+		conf = append(conf, struct{ name, value string }{"disable_ipv6", "0"})
+	}
+	for _, c := range conf {
+		// Not os.WriteFile: it would make the file.
+		f, err := os.OpenFile(filepath.Join("/proc/sys/net/ipv6/conf", ifname, c.name), os.O_WRONLY, 0)
+		if err != nil {
+			continue
+		}
+		_, _ = f.WriteString(c.value)
+		f.Close()
+	}
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// prefix converts n; the zero Prefix is none.
+func prefix(n *net.IPNet) netip.Prefix {
+	if n == nil {
+		return netip.Prefix{}
+	}
+	addr, _ := netip.AddrFromSlice(n.IP)
+	bits, _ := n.Mask.Size()
+	return netip.PrefixFrom(addr, bits)
+}
+
+// dump calls list until the kernel's tables did not change meanwhile
+// (NLM_F_DUMP_INTR), or for so long that any answer will do.
+func dump[T any](list func() ([]T, error)) ([]T, error) {
+	for range 10 {
+		if l, err := list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return l, err
+		}
+	}
+	l, err := list()
+	if errors.Is(err, netlink.ErrDumpInterrupted) {
+		err = nil
+	}
+	return l, err
+}
