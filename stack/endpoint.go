@@ -166,7 +166,8 @@ func (e *endpoint) receive(head []byte, view *buffer.View, n int) (kept bool) {
 // learn follows the container's MAC address, which it may change.
 func (e *endpoint) learn(mac [6]byte) {
 	if mac != *e.guest.Load() && mac[0]&1 == 0 {
-		e.guest.Store(&mac)
+		changed := mac // mac itself would be on the heap for every frame
+		e.guest.Store(&changed)
 	}
 }
 
