@@ -17,13 +17,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+const page = "served in the container\n"
+
 // startNginx serves a page on port 80 of the container, both families, and
 // returns its access log: one address and port a line.
 func (tp *topo) startNginx(t *testing.T) (accessLog string) {
 	t.Helper()
 	need(t, "nginx")
 	dir := t.TempDir()
-	require.NoError(t, os.WriteFile(filepath.Join(dir, "index.html"), []byte("served in the container\n"), 0o644))
+	require.NoError(t, os.WriteFile(filepath.Join(dir, "index.html"), []byte(page), 0o644))
 	accessLog = filepath.Join(dir, "access.log")
 	conf := filepath.Join(dir, "nginx.conf")
 	require.NoError(t, os.WriteFile(conf, fmt.Appendf(nil, `
@@ -71,14 +73,13 @@ func TestNginx(t *testing.T) {
 			// %{local_port} is what the log must show.
 			out := c.from.output(t, "curl", "-sS", "--max-time", "10", "-g", "--interface", c.src.String(),
 				"-w", "%{local_port}", url(c.dst, 8080))
-			var page, port string
-			_, err := fmt.Sscanf(out, "served in the %s %s", &page, &port)
-			require.NoError(t, err, "%q", out)
+			port, ok := strings.CutPrefix(out, page)
+			require.True(t, ok, "%q", out)
 			var log []byte
 			eventually(t, "no line in nginx's access log", func() bool {
+				var err error
 				log, err = os.ReadFile(accessLog)
-				require.NoError(t, err)
-				return len(log) > 0
+				return err == nil && len(log) > 0
 			})
 			require.Equal(t, fmt.Sprintf("%s %s\n", c.seen, port), string(log), "%s to %s", c.src, c.dst)
 		}
