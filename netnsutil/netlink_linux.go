@@ -123,14 +123,15 @@ func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
-// prefix converts n; the zero Prefix is none.
+// prefix converts n; the zero Prefix is none. The netlink package has IPv4
+// addresses of 16 bytes as well.
 func prefix(n *net.IPNet) netip.Prefix {
 	if n == nil {
 		return netip.Prefix{}
 	}
 	addr, _ := netip.AddrFromSlice(n.IP)
 	bits, _ := n.Mask.Size()
-	return netip.PrefixFrom(addr, bits)
+	return netip.PrefixFrom(addr.Unmap(), bits)
 }
 
 // dump calls list until the kernel's tables did not change meanwhile

@@ -1,0 +1,215 @@
+package netnsutil
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// What follows is about the host: the network namespace that the process runs
+// in, and not that of any NS.
+
+// ErrNoHostLink is returned by [HostLink] for a host that has no default route,
+// and so no interface worth copying.
+var ErrNoHostLink = errors.New("the host has no interface with a default route")
+
+// HostLink describes the host's main interface for a copy of it in a namespace:
+// name, MTU, and for each family the addresses and the main table's routes of
+// the interface with that family's best default route. That may be two
+// interfaces, name and MTU are then those of IPv4's. Link-local and deprecated
+// addresses are left out, and so are the routes that follow from the addresses.
+// The error is [ErrNoHostLink] where neither family has a default route.
+func HostLink() (Link, error) {
+	var link Link
+	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
+		routes, err := mainRoutes(family)
+		if err != nil {
+			return Link{}, fmt.Errorf("read the host's routes: %w", err)
+		}
+		i := slices.IndexFunc(routes, func(r hostRoute) bool { return r.Dst.Bits() == 0 })
+		if i < 0 {
+			continue
+		}
+		index := routes[i].ifindex
+		l, err := netlink.LinkByIndex(index)
+		if err != nil {
+			return Link{}, fmt.Errorf("read the host's interface %d: %w", index, err)
+		}
+		if link.Name == "" {
+			link.Name, link.MTU = l.Attrs().Name, l.Attrs().MTU
+		}
+		addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, family) })
+		if err != nil {
+			return Link{}, fmt.Errorf("read the addresses of the host's interface %s: %w", l.Attrs().Name, err)
+		}
+		link.addHost(addrs, routes, index)
+	}
+	if link.Name == "" {
+		return Link{}, ErrNoHostLink
+	}
+	return link, nil
+}
+
+// addHost adds addresses of one family, and the routes by interface index.
+func (l *Link) addHost(addrs []netlink.Addr, routes []hostRoute, index int) {
+	const unfit = unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+	for _, a := range addrs {
+		p := prefix(a.IPNet)
+		if p.IsValid() && !p.Addr().IsLinkLocalUnicast() && a.Flags&unfit == 0 {
+			l.Addrs = append(l.Addrs, p)
+		}
+	}
+	for _, r := range routes {
+		follows := !r.Via.IsValid() && slices.ContainsFunc(l.Addrs, func(p netip.Prefix) bool { return p.Masked() == r.Dst })
+		// Of several to the same net the best is copied.
+		again := slices.ContainsFunc(l.Routes, func(have Route) bool { return have.Dst == r.Dst })
+		if r.ifindex == index && !follows && !again && !r.Dst.Addr().IsLinkLocalUnicast() {
+			l.Routes = append(l.Routes, r.Route)
+		}
+	}
+}
+
+// hostRoute is a route of the host, by one of its interfaces.
+type hostRoute struct {
+	Route
+	ifindex  int
+	priority int
+}
+
+// mainRoutes returns the unicast routes of the main table that can be used, the
+// best first. A route with several next hops counts once for each.
+func mainRoutes(family int) ([]hostRoute, error) {
+	list, err := dump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, family) })
+	if err != nil {
+		return nil, err
+	}
+	var routes []hostRoute
+	for _, r := range list {
+		dst := prefix(r.Dst)
+		hops := r.MultiPath
+		if len(hops) == 0 {
+			hops = []*netlink.NexthopInfo{{LinkIndex: r.LinkIndex, Gw: r.Gw, Flags: r.Flags}}
+		}
+		for _, hop := range hops {
+			if r.Type != unix.RTN_UNICAST || hop.LinkIndex == 0 || hop.Flags&unix.RTNH_F_DEAD != 0 {
+				continue
+			}
+			// A gateway of the other family (RTA_VIA) is left out; in the
+			// namespace anything on the link is the gateway.
+			via, _ := netip.AddrFromSlice(hop.Gw)
+			routes = append(routes, hostRoute{Route{Dst: dst, Via: via}, hop.LinkIndex, r.Priority})
+		}
+	}
+	slices.SortStableFunc(routes, func(a, b hostRoute) int { return cmp.Compare(a.priority, b.priority) })
+	return routes, nil
+}
+
+// LocalAddrs returns the addresses of all of the host's interfaces, loopback and
+// link-local ones included.
+func LocalAddrs() ([]netip.Prefix, error) {
+	addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, unix.AF_UNSPEC) })
+	if err != nil {
+		return nil, fmt.Errorf("read the host's addresses: %w", err)
+	}
+	prefixes := make([]netip.Prefix, 0, len(addrs))
+	for _, a := range addrs {
+		if p := prefix(a.IPNet); p.IsValid() {
+			prefixes = append(prefixes, p)
+		}
+	}
+	return prefixes, nil
+}
+
+// Two addresses that are as far away as any: root name servers (A, of
+// root-servers.org). A host that reaches the Internet by 0.0.0.0/1 and
+// 128.0.0.0/1, as behind a VPN, has no default route but a way to them.
+var (
+	farIPv4 = netip.MustParseAddr("198.41.0.4")
+	farIPv6 = netip.MustParseAddr("2001:503:ba3e::2:30")
+)
+
+// MainAddr returns the address that the host shows to the world, IPv6 or IPv4:
+// the source address of its default route, as the kernel chooses it. No packet
+// is sent. It reports false where there is none.
+func MainAddr(ipv6 bool) (netip.Addr, bool) {
+	far := farIPv4
+	if ipv6 {
+		far = farIPv6
+	}
+	routes, err := netlink.RouteGet(far.AsSlice())
+	if err != nil || len(routes) == 0 { // ENETUNREACH and relatives
+		return netip.Addr{}, false
+	}
+	addr, ok := netip.AddrFromSlice(routes[0].Src)
+	return addr, ok && !addr.IsLoopback()
+}
+
+// HostWatch tells when the host's network changes. It is made by [WatchHost].
+type HostWatch struct {
+	sock    *os.File
+	changes chan struct{}
+	done    chan struct{}
+}
+
+// WatchHost starts to watch addresses, routes and interfaces of the host. The
+// caller closes it.
+func WatchHost() (*HostWatch, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("watch the host's network: %w", os.NewSyscallError("socket", err))
+	}
+	err = unix.Bind(fd, &unix.SockaddrNetlink{
+		Family: unix.AF_NETLINK,
+		Groups: unix.RTMGRP_LINK | unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV6_IFADDR |
+			unix.RTMGRP_IPV4_ROUTE | unix.RTMGRP_IPV6_ROUTE,
+	})
+	if err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("watch the host's network: %w", os.NewSyscallError("bind", err))
+	}
+	w := &HostWatch{
+		sock:    os.NewFile(uintptr(fd), "rtnetlink"),
+		changes: make(chan struct{}, 1),
+		done:    make(chan struct{}),
+	}
+	go w.receive()
+	return w, nil
+}
+
+// Changes returns a channel that yields after a change. Changes that come while
+// nobody receives are one; and since they come in bursts, it pays to wait for
+// some 100 ms before looking what has changed. It is closed by Close.
+func (w *HostWatch) Changes() <-chan struct{} { return w.changes }
+
+// Close ends the watch. It is idempotent.
+func (w *HostWatch) Close() error {
+	err := w.sock.Close()
+	<-w.done
+	if errors.Is(err, os.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// receive turns messages into changes; what they say does not matter.
+func (w *HostWatch) receive() {
+	defer close(w.done)
+	defer close(w.changes)
+	buf := make([]byte, 16<<10)
+	for {
+		// ENOBUFS says that there were more messages than would fit.
+		if _, err := w.sock.Read(buf); err != nil && !errors.Is(err, unix.ENOBUFS) {
+			return
+		}
+		select {
+		case w.changes <- struct{}{}:
+		default:
+		}
+	}
+}
