@@ -8,6 +8,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"github.com/gofwd/gofwd/stack"
 )
 
 // A relay joins the two ends of a TCP flow: outer is on the host's side, inner
@@ -118,10 +120,28 @@ func (e writeError) Unwrap() error { return e.error }
 // copyHalf copies src to dst until src says FIN, counting in live what was
 // written, and returns the count. Here is the choice of means.
 func copyHalf(dst, src flowConn, live *atomic.Int64, bufs *bufferPool) (int64, error) {
+	if tap, ok := src.(*stack.Conn); ok {
+		if raw, ok := rawConn(dst); ok {
+			return copied(tap.CopyTo(raw, live))
+		}
+	}
 	if raw, ok := rawConn(src); ok {
+		if tap, ok := dst.(*stack.Conn); ok {
+			return copied(tap.CopyFrom(raw, live))
+		}
 		return copyBuffered(dst, newSocketReader(raw, bufs), live, bufs)
 	}
 	return copyBuffered(dst, &plainReader{src: src, bufs: bufs}, live, bufs)
+}
+
+// copied marks an error of the stack's own copying as one of the end that was
+// written to, if it is.
+func copied(n int64, err error) (int64, error) {
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op == "write" {
+		err = writeError{err}
+	}
+	return n, err
 }
 
 // rawConn returns the kernel socket under c, if there is one.

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"sync/atomic"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -36,12 +37,15 @@ func BenchmarkTapStream(b *testing.B) {
 				inside, err := l.Accept()
 				require.NoError(b, err)
 				outside, host := tcpPair(b)
+				raw, err := host.SyscallConn()
+				require.NoError(b, err)
+				var live atomic.Int64
 				src, dst := net.Conn(outside), inside
 				if dir == "in" {
-					go func() { conn.ReadFrom(host); conn.Close() }()
+					go func() { conn.CopyFrom(raw, &live); conn.Close() }()
 				} else {
 					src, dst = inside, outside
-					go func() { conn.WriteTo(host); host.Close() }()
+					go func() { conn.CopyTo(raw, &live); host.Close() }()
 				}
 				go func() {
 					buf := make([]byte, 128<<10)

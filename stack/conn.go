@@ -192,6 +192,23 @@ func (c *Conn) wait(event <-chan struct{}, limit *deadline) error {
 	}
 }
 
+// AwaitReset waits, after the container's FIN, until its RST, and returns
+// ECONNRESET; or nil when the connection has ended otherwise, also by its read
+// deadline.
+func (c *Conn) AwaitReset() error {
+	for {
+		switch tcp.EndpointState(c.ep.State()) {
+		case tcp.StateError:
+			return syscall.ECONNRESET
+		case tcp.StateClose, tcp.StateTimeWait:
+			return nil
+		}
+		if c.wait(c.readableC, &c.readLimit) != nil {
+			return nil
+		}
+	}
+}
+
 // CloseRead shuts the reading side.
 func (c *Conn) CloseRead() error {
 	return c.opError("close", errno(c.ep.Shutdown(tcpip.ShutdownRead)))

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -15,23 +16,16 @@ import (
 // gets a turn.
 const maxMove = 256 << 10
 
-// WriteTo copies what the container sends to w until its FIN, and returns the
-// number of bytes. For a socket gVisor's buffers go to write(2) as they are,
-// without a copy in between; anything else gets its bytes through Read. It
-// implements [io.WriterTo].
-func (c *Conn) WriteTo(w io.Writer) (int64, error) {
-	sc, ok := w.(syscall.Conn)
-	if !ok {
-		return io.Copy(w, onlyReader{c})
-	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	m := toSocket{conn: c}
+// CopyTo copies what the container sends to a stream socket until its FIN, and
+// returns the number of bytes, which it also adds to live as they go. gVisor's
+// buffers go to write(2) as they are, without a copy in between. The error is a
+// [net.OpError] whose Op tells whose it is: "read" the container's, "write" the
+// socket's.
+func (c *Conn) CopyTo(dst syscall.RawConn, live *atomic.Int64) (int64, error) {
+	m := toSocket{conn: c, live: live}
 	for {
-		if err := raw.Write(m.step); err != nil {
-			return m.done, err
+		if err := dst.Write(m.step); err != nil {
+			return m.done, &net.OpError{Op: "write", Net: "tcp", Err: err}
 		}
 		switch {
 		case errors.Is(m.err, io.EOF):
@@ -52,6 +46,7 @@ type toSocket struct {
 	fd    int
 	full  bool // the socket takes no more
 	done  int64
+	live  *atomic.Int64
 	err   error // io.EOF after the container's FIN
 	errno error // of write(2)
 }
@@ -64,6 +59,7 @@ func (m *toSocket) step(fd uintptr) bool {
 		m.full, m.errno = false, nil
 		res, terr := m.conn.ep.Read(m, tcpip.ReadOptions{})
 		m.done += int64(res.Count)
+		m.live.Add(int64(res.Count))
 		switch {
 		case m.errno != nil:
 			m.err = &net.OpError{Op: "write", Net: "tcp", Err: os.NewSyscallError("write", m.errno)}
@@ -105,22 +101,16 @@ func (m *toSocket) Write(b []byte) (int, error) {
 	return done, nil
 }
 
-// ReadFrom copies from r to the container until r's end, without sending FIN, and
-// returns the number of bytes. From a socket read(2) goes straight into gVisor's
-// buffers; anything else is copied through Write. It implements [io.ReaderFrom].
-func (c *Conn) ReadFrom(r io.Reader) (int64, error) {
-	sc, ok := r.(syscall.Conn)
-	if !ok {
-		return io.Copy(onlyWriter{c}, r)
-	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	m := fromSocket{conn: c}
+// CopyFrom copies from a stream socket to the container until the socket's end,
+// without sending FIN, and returns the number of bytes, which it also adds to
+// live as they go. read(2) goes straight into gVisor's buffers. The error is a
+// [net.OpError] whose Op tells whose it is: "read" the socket's, "write" the
+// container's.
+func (c *Conn) CopyFrom(src syscall.RawConn, live *atomic.Int64) (int64, error) {
+	m := fromSocket{conn: c, live: live}
 	for {
-		if err := raw.Read(m.step); err != nil {
-			return m.done, err
+		if err := src.Read(m.step); err != nil {
+			return m.done, &net.OpError{Op: "read", Net: "tcp", Err: err}
 		}
 		switch {
 		case errors.Is(m.err, io.EOF):
@@ -141,6 +131,7 @@ type fromSocket struct {
 	fd   int
 	left int // that the socket has, and gVisor may read
 	done int64
+	live *atomic.Int64
 	err  error // io.EOF at the socket's end
 }
 
@@ -162,6 +153,7 @@ func (m *fromSocket) step(fd uintptr) bool {
 		m.left = min(n, maxMove)
 		sent, terr := m.conn.ep.Write(m, tcpip.WriteOptions{})
 		m.done += sent
+		m.live.Add(sent)
 		switch terr.(type) {
 		case nil:
 		case *tcpip.ErrWouldBlock:
@@ -218,10 +210,3 @@ func (m *fromSocket) Read(b []byte) (int, error) {
 	}
 	return 0, nil
 }
-
-// onlyReader and onlyWriter hide the methods by which io.Copy would come back
-// here.
-type (
-	onlyReader struct{ io.Reader }
-	onlyWriter struct{ io.Writer }
-)
