@@ -41,7 +41,9 @@ const inside = "GOFWD_NSTEST_INSIDE"
 //
 // /dev/net/tun can be opened if the machine lets the user (it is 0666 wherever
 // udev rules).
-func Main(m *testing.M) {
+//
+// m is the [*testing.M], or what runs it.
+func Main(m interface{ Run() int }) {
 	if os.Getenv(inside) == "" {
 		os.Exit(reexec())
 	}
@@ -171,17 +173,14 @@ func Configure(tb testing.TB, ns *netnsutil.NS, spec string) {
 func Veth(tb testing.TB, a *netnsutil.NS, aSpec string, b *netnsutil.NS, bSpec string) {
 	tb.Helper()
 	aLink, bLink := Link(tb, aSpec), Link(tb, bSpec)
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = aLink.Name
-	veth := &netlink.Veth{LinkAttrs: attrs, PeerName: bLink.Name, PeerNamespace: netlink.NsFd(b.Fd())}
-	Do(tb, a, func() { require.NoError(tb, netlink.LinkAdd(veth), "add %s", aSpec) })
+	require.NoError(tb, netnsutil.Veth(a, aLink, b, bLink))
 	tb.Cleanup(func() {
 		// A namespace that ends takes its time, and the name stays taken
 		// as long. The test may have removed it.
-		_ = a.Do(func() error { return netlink.LinkDel(veth) })
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = aLink.Name
+		_ = a.Do(func() error { return netlink.LinkDel(&netlink.Veth{LinkAttrs: attrs}) })
 	})
-	require.NoError(tb, a.Configure(aLink))
-	require.NoError(tb, b.Configure(bLink))
 	waitUsable(tb, a, aLink)
 	waitUsable(tb, b, bLink)
 }
