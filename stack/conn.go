@@ -200,7 +200,13 @@ func (c *Conn) AwaitReset() error {
 		switch tcp.EndpointState(c.ep.State()) {
 		case tcp.StateError:
 			return syscall.ECONNRESET
-		case tcp.StateClose, tcp.StateTimeWait:
+		case tcp.StateClose:
+			// A RST after the FIN is EPIPE to Linux, "aborted" to gVisor.
+			if c.ep.LastError() != nil {
+				return syscall.ECONNRESET
+			}
+			return nil
+		case tcp.StateTimeWait:
 			return nil
 		}
 		if c.wait(c.readableC, &c.readLimit) != nil {

@@ -6,8 +6,8 @@ import (
 	"io"
 	"net"
 	"net/netip"
-	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/gofwd/gofwd/netnsutil"
+	"github.com/gofwd/gofwd/netnsutil/nstest"
 )
 
 var (
@@ -155,6 +156,71 @@ func TestAcceptAndReject(t *testing.T) {
 	}
 }
 
-func TestMain(m *testing.M) {
-	os.Exit(m.Run())
+// RST arrives as ECONNRESET, also after a FIN, and leaves as RST.
+func TestReset(t *testing.T) {
+	ns, s := newTapStack(t, Config{}, 1500)
+	for _, f := range families {
+		connect := func() (*Conn, *net.TCPConn) {
+			l, addr := listen(t, ns, f.guest)
+			c, err := s.DialTCP(context.Background(), netip.AddrPortFrom(f.client, 0), addr)
+			require.NoError(t, err)
+			srv, err := l.Accept()
+			require.NoError(t, err)
+			return c, srv.(*net.TCPConn)
+		}
+		c, srv := connect()
+		require.NoError(t, srv.SetLinger(0))
+		srv.Close()
+		_, err := c.Read(make([]byte, 1))
+		require.ErrorIs(t, err, syscall.ECONNRESET)
+		c.Close()
+
+		c, srv = connect()
+		require.NoError(t, srv.CloseWrite())
+		_, err = c.Read(make([]byte, 1))
+		require.ErrorIs(t, err, io.EOF)
+		require.NoError(t, srv.SetLinger(0))
+		srv.Close()
+		require.ErrorIs(t, c.AwaitReset(), syscall.ECONNRESET)
+		c.Close()
+
+		c, srv = connect()
+		require.NoError(t, c.Abort())
+		_, err = srv.Read(make([]byte, 1))
+		require.ErrorIs(t, err, syscall.ECONNRESET)
+
+		c, srv = connect()
+		require.NoError(t, srv.CloseWrite())
+		_, err = c.Read(make([]byte, 1))
+		require.ErrorIs(t, err, io.EOF)
+		time.AfterFunc(10*time.Millisecond, func() { c.SetReadDeadline(time.Unix(1, 0)) })
+		require.NoError(t, c.AwaitReset())
+		c.Close()
+		srv.Close()
+	}
 }
+
+// An idle connection costs little: what it needs buffers for has passed.
+func TestIdleConnectionsAreSmall(t *testing.T) {
+	const n, limit = 1000, 12 << 10
+	ns, s := newTapStack(t, Config{}, 1500)
+	l, addr := listen(t, ns, guest4)
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	for range n {
+		c, err := s.DialTCP(context.Background(), netip.AddrPortFrom(client4, 0), addr)
+		require.NoError(t, err)
+		t.Cleanup(func() { c.Close() })
+		srv, err := l.Accept()
+		require.NoError(t, err)
+		t.Cleanup(func() { srv.Close() })
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	each := (int64(after.HeapAlloc) - int64(before.HeapAlloc)) / n
+	t.Logf("%d bytes for each connection, its server in this process included", each)
+	require.Less(t, each, int64(limit))
+}
+
+func TestMain(m *testing.M) { nstest.Main(m) }
