@@ -24,7 +24,7 @@ const namedDir = "/run/netns"
 // not usable; whoever opened an NS closes it.
 type NS struct {
 	file *os.File
-	path string // as given to Open, "" for New and Current
+	path string // absolute, "" for New
 }
 
 // Open opens a network namespace by path, or by name where arg has no slash:
@@ -33,6 +33,10 @@ func Open(arg string) (*NS, error) {
 	path := arg
 	if !strings.Contains(arg, "/") {
 		path = filepath.Join(namedDir, arg)
+	}
+	path, err := filepath.Abs(path) // for a daemon that leaves its directory
+	if err != nil {
+		return nil, fmt.Errorf("open network namespace: %w", err)
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -84,7 +88,7 @@ func New() (*NS, error) {
 // for SysProcAttr, ioctl_ns(2) and netlink libraries.
 func (ns *NS) Fd() int { return int(ns.file.Fd()) }
 
-// Path returns the path by which ns was opened, "" where there was none.
+// Path returns the absolute path by which ns was opened, "" where there was none.
 func (ns *NS) Path() string { return ns.path }
 
 // Equal reports whether ns and other are the same namespace.
