@@ -251,7 +251,6 @@ func TestMalformedFrames(t *testing.T) {
 // second container's transfer goes on; gofwd's memory is bounded; and the
 // flooding container's own network is whole again when it ends.
 func TestFloods(t *testing.T) {
-	t.Parallel()
 	const frames = 60_000
 	for _, flood := range []struct {
 		name  string

@@ -83,6 +83,26 @@ func TestUDPErrors(t *testing.T) {
 	})
 }
 
+// TestPathMTU: a router between that takes smaller packets only. The container
+// learns of it, and large datagrams arrive.
+func TestPathMTU(t *testing.T) {
+	t.Parallel()
+	tp := newTopo(t)
+	far := tp.addFar(t)
+	tp.client.ip(t, "link set far mtu 1300")
+	far.ip(t, "link set eth0 mtu 1300")
+	tp.attach(t)
+	eachFamily(t, func(t *testing.T, f family) {
+		go echoUDP(far.listenUDP(t, f.far, 7000))
+		conn := tp.ctr.dialUDP(t, netip.Addr{}, netip.AddrPortFrom(f.far, 7000))
+		requireUDPEcho(t, conn, noise(30, 1400), "larger than the path's MTU")
+		l := far.listenTCP(t, f.far, 7000)
+		near, server := pair(t, tp.ctr, netip.AddrPortFrom(f.far, 7000), l)
+		requireTransfer(t, near, server, noise(31, 1<<20))
+		requireTransfer(t, server, near, noise(32, 1<<20))
+	})
+}
+
 func setRecvErr(c *net.UDPConn, f family) error {
 	raw, err := c.SyscallConn()
 	if err != nil {

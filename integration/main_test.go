@@ -2,6 +2,7 @@ package integration
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/exec"
@@ -41,6 +42,11 @@ func TestMain(m *testing.M) {
 	case "init":
 		code, err = initProcess()
 	default:
+		// Most tests wait for the network most of the time.
+		flag.Parse()
+		if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue {
+			_ = f.Value.Set("6")
+		}
 		code = m.Run()
 		skips.report()
 	}
