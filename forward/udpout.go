@@ -1,0 +1,271 @@
+package forward
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"syscall"
+
+	"github.com/gofwd/gofwd/stack"
+)
+
+// The way out of the namespace, in the order of the path: a datagram from the tap,
+// its flow, the batch, the socket.
+
+// joinBelow is the size from which a payload is sent where it lies rather than
+// copied into a batch: two of them do not fit into one super-frame.
+const joinBelow = maxPayload / 2
+
+// fromNamespace sends a datagram that the container sent. It is called by the
+// goroutine that reads the tap, and never blocks.
+func (e *udpEngine) fromNamespace(d *stack.Datagram) {
+	e.sendMu.Lock()
+	defer e.sendMu.Unlock()
+	b := &e.out
+	if e.segment && e.joinLast(b, d) {
+		return
+	}
+	f, end, err := e.flowOut(d)
+	if err != nil {
+		e.refuse(d, err)
+		return
+	}
+	if e.cfg.Batched && len(d.Payload) < joinBelow {
+		if !b.fits(end.sock, d.DontFragment, len(d.Payload)) {
+			e.send(b)
+		}
+		m := b.add(f, &end, sendOptions{ttl: otherTTL(d), tos: d.TOS, segment: d.SegmentSize}, d.DontFragment, d.Payload, true)
+		m.lone = f.oneShot
+		return
+	}
+	e.send(b)
+	b.add(f, &end, sendOptions{ttl: otherTTL(d), tos: d.TOS, segment: d.SegmentSize}, d.DontFragment, d.Payload, false)
+	e.send(b)
+}
+
+// idle sends what fromNamespace has held back. It is called by the same goroutine,
+// when the tap has no more to read.
+func (e *udpEngine) idle() {
+	e.sendMu.Lock()
+	defer e.sendMu.Unlock()
+	e.send(&e.out)
+}
+
+// joinLast joins d to the last message of the batch, if that is one of the same flow.
+func (e *udpEngine) joinLast(b *sendBatch, d *stack.Datagram) bool {
+	if b.n == 0 || d.SegmentSize != 0 {
+		return false
+	}
+	m := &b.meta[b.n-1]
+	return m.flow.guest == d.Src && m.flow.peer == d.Dst &&
+		m.opt.ttl == otherTTL(d) && m.opt.tos == d.TOS && b.pin == d.DontFragment &&
+		b.join(d.Payload)
+}
+
+// otherTTL returns the TTL with which d is to leave the host, 0 for the host's own
+// default: the container's kernel left d at its default too. To a multicast group
+// the default is 1, so there it must be said.
+func otherTTL(d *stack.Datagram) uint8 {
+	if d.TTL == defaultTTL && !d.Dst.Addr().IsMulticast() {
+		return 0
+	}
+	return d.TTL
+}
+
+// defaultTTL is Linux's (net.ipv4.ip_default_ttl).
+const defaultTTL = 64
+
+// flowOut returns the flow of a datagram from the tap, and its way out. A new flow
+// is made if there is none.
+func (e *udpEngine) flowOut(d *stack.Datagram) (*flow, flowEnd, error) {
+	key := tapKey{keyOf(d.Src), keyOf(d.Dst)}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	f := e.flows.byTap[key]
+	if f == nil || f.dialled && f.seen != e.tick.Load() {
+		// Once a second also for a flow that is there: the nameserver or
+		// the host's address may be another one by now.
+		var err error
+		if f, err = e.dialLocked(f, d, key); err != nil {
+			return nil, flowEnd{}, err
+		}
+	}
+	if f.oneShot {
+		f.unanswered++
+	}
+	e.flows.touch(f, outbound, e.tick.Load())
+	return f, f.host, nil
+}
+
+// dialLocked begins a flow for d, unless f is that flow already. It unlocks e.mu
+// while it asks for the destination.
+func (e *udpEngine) dialLocked(f *flow, d *stack.Datagram, key tapKey) (*flow, error) {
+	e.mu.Unlock()
+	dst, err := e.cfg.Destination(d.Dst)
+	e.mu.Lock()
+	if f = e.flows.byTap[key]; f != nil && !f.dialled {
+		return f, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if f != nil {
+		if f.host.remote == sockaddrOf(dst, f.host.sock.v6) {
+			return f, nil
+		}
+		e.flows.remove(f)
+	}
+	f = &flow{
+		guest:    d.Src,
+		peer:     d.Dst,
+		counters: e.cfg.Outbound,
+		dialled:  true,
+		oneShot:  d.Dst.Port() == 53,
+	}
+	s, err := e.socketLocked(d.Src, dst, !f.oneShot)
+	if err != nil {
+		return nil, err
+	}
+	if s.rule != nil {
+		f.counters = &s.rule.flowCounters
+	}
+	f.host = flowEnd{sock: s, remote: sockaddrOf(dst, s.v6)}
+	e.enterFlowLocked(f)
+	return f, nil
+}
+
+// socketLocked returns the socket that speaks for guest to dst: the listener that
+// publishes guest, the socket that guest has already, or a new one.
+func (e *udpEngine) socketLocked(guest, dst netip.AddrPort, stream bool) (*udpSocket, error) {
+	if e.closed {
+		return nil, net.ErrClosed
+	}
+	is4 := dst.Addr().Is4()
+	key := bindingKey{guest, is4}
+	s := e.published[publishedKey{guest.Port(), is4}]
+	if s == nil || e.target(s.rule, is4) != guest.Addr() || dst.Addr().IsLoopback() {
+		s = e.bindings[key]
+	}
+	if s == nil {
+		return e.newSocketLocked(&key, is4, stream)
+	}
+	if e.flows.bySock[sockKey{s.id, sockaddrOf(dst, s.v6)}] != nil {
+		// Two addresses of the container's world are one destination here;
+		// a socket of its own tells the replies apart.
+		return e.newSocketLocked(nil, is4, stream)
+	}
+	s.group.CompareAndSwap(false, dst.Addr().IsMulticast())
+	return s, nil
+}
+
+// newSocketLocked opens a socket for a binding, or for a single flow if key is nil.
+func (e *udpEngine) newSocketLocked(key *bindingKey, is4, stream bool) (*udpSocket, error) {
+	fd, err := openUDP(is4)
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+		e.flows.evict()
+		fd, err = openUDP(is4)
+	}
+	if err != nil {
+		return nil, err
+	}
+	s := &udpSocket{fd: fd, v6: !is4, binding: key}
+	if err := e.enterSocketLocked(s, stream); err != nil {
+		return nil, err
+	}
+	if key != nil {
+		e.bindings[*key] = s
+	}
+	return s, nil
+}
+
+// send sends a batch and empties it.
+func (e *udpEngine) send(b *sendBatch) {
+	if b.n == 0 {
+		return
+	}
+	defer b.reset()
+	s := b.sock
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.fd < 0 {
+		return // the flow ended meanwhile
+	}
+	s.pin(b.pin)
+	for i := range b.n {
+		b.pack(i)
+	}
+	for i := 0; i < b.n; {
+		i += e.sendSome(b, i)
+	}
+}
+
+// sendSome sends messages from i on, and returns how many are dealt with: sent, or
+// given up.
+func (e *udpEngine) sendSome(b *sendBatch, i int) int {
+	n, err := 1, syscall.Errno(0)
+	switch {
+	case e.segment && !b.sock.noSegment.Load():
+		n, err = sendWhole(b, i, b.n)
+	case b.meta[i].count > 1:
+		err = b.sendSplit(i)
+	default:
+		n, err = sendWhole(b, i, i+1)
+	}
+	if err != 0 {
+		e.dropped.Add(1)
+		e.unreachable(b, i, err)
+		return 1
+	}
+	for k := i; k < i+n; k++ {
+		b.meta[k].bytes.Add(int64(b.meta[k].size))
+	}
+	return n
+}
+
+// sendWhole sends the messages from i to before end, and returns how many went.
+func sendWhole(b *sendBatch, i, end int) (int, syscall.Errno) {
+	n, err := b.send(i, end)
+	if err == 0 || err == syscall.EAGAIN {
+		return n, err
+	}
+	// The error may be that of an earlier datagram, to another peer, and with
+	// its return it is cleared: once more.
+	broadcast := err == syscall.EACCES && b.sock.allowBroadcast()
+	if n, err = b.send(i, end); err == 0 {
+		if broadcast {
+			b.sock.group.Store(true)
+		}
+		return n, 0
+	}
+	if b.meta[i].count == 1 {
+		return 0, err
+	}
+	// Either the device has no checksum offload (EIO), or a segment does not
+	// fit into the MTU (EINVAL, EMSGSIZE).
+	if err == syscall.EIO {
+		b.sock.noSegment.Store(true)
+	}
+	return 1, b.sendSplit(i)
+}
+
+// unreachable tells the container that message i was not sent, if a router would.
+// EMSGSIZE is told by the error queue, which knows the MTU.
+func (e *udpEngine) unreachable(b *sendBatch, i int, err syscall.Errno) {
+	f := b.meta[i].flow
+	if f.inside.sock != nil || err == syscall.EMSGSIZE {
+		return
+	}
+	d := stack.Datagram{Src: f.guest, Dst: f.peer, Payload: b.payload(i)[:min(b.meta[i].segment, b.meta[i].size)]}
+	e.refuse(&d, err)
+}
+
+// refuse answers a datagram with the ICMP error that stands for err, if one does.
+func (e *udpEngine) refuse(d *stack.Datagram, err error) {
+	var errno syscall.Errno
+	if !errors.As(err, &errno) || d.Dst.Addr().IsMulticast() {
+		return // RFC 1122, §3.2.2: no error about a multicast
+	}
+	if icmp, ok := icmpErrorOf(errno, d.Dst.Addr().Is4()); ok {
+		e.cfg.Stack.WriteUDPError(d, icmp)
+	}
+}

@@ -1,0 +1,177 @@
+package forward
+
+import (
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// udpReceiveBuffer is asked for the sockets that carry streams: at a million
+// small datagrams a second it holds some 2 ms. The kernel caps it at
+// net.core.rmem_max and charges only what is queued.
+const udpReceiveBuffer = 4 << 20
+
+// udpSocket is a UDP socket that is never connected: one serves all peers of an
+// endpoint in the namespace, as a NAT with endpoint-independent mapping does
+// (RFC 4787), so that STUN and hole punching work; and it outlives a change of the
+// host's addresses, unlike one whose source address connect(2) has fixed.
+//
+// Three kinds have the same fields: listeners (rule is set), the container's own
+// ports on the host (binding is set), and ends of single flows in the namespace.
+type udpSocket struct {
+	// Immutable.
+	id     uint32
+	v6     bool // an IPv6 socket, though it may carry IPv4
+	inside bool // made in the namespace: what arrives here goes out
+	poll   *poller
+	// Of a listener: its rule, and its port of the rule on the target's side.
+	rule *activeRule
+	port uint16
+
+	// The engine's mutex guards these.
+	binding *bindingKey
+	flows   int
+
+	// mu is read-locked while fd is in use, and locked to close it.
+	mu        sync.RWMutex
+	fd        int         // -1 once closed
+	noSegment atomic.Bool // UDP_SEGMENT failed: the device lacks checksum offload
+	pinned    atomic.Bool // datagrams leave with DF
+	broadcast atomic.Bool // SO_BROADCAST is set
+	group     atomic.Bool // has sent to a multicast or broadcast address: anyone may answer
+}
+
+// openUDP makes a socket of the host for datagrams of one family.
+func openUDP(v4 bool) (int, error) {
+	domain := unix.AF_INET6
+	if v4 {
+		domain = unix.AF_INET
+	}
+	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	return fd, os.NewSyscallError("socket", err)
+}
+
+// adoptUDP takes the socket out of conn, and closes conn: its descriptor would
+// wake the runtime's poller beside ours for every datagram.
+func adoptUDP(conn *net.UDPConn) (int, error) {
+	defer conn.Close()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	var fd int
+	var operr error
+	if err := raw.Control(func(s uintptr) {
+		fd, operr = unix.FcntlInt(s, unix.F_DUPFD_CLOEXEC, 0)
+	}); err != nil {
+		return -1, err
+	}
+	if operr != nil {
+		return -1, os.NewSyscallError("fcntl", operr)
+	}
+	return fd, nil
+}
+
+// sockopt is an option of a socket that is switched on.
+type sockopt struct{ level, name int }
+
+// Options by what they are for. Those of SOL_IP are set on IPv6 sockets too, where
+// they concern the IPv4 traffic.
+var (
+	// The error queue says which destination an ICMP error is about.
+	errorOpts4 = []sockopt{{unix.SOL_IP, unix.IP_RECVERR}, {unix.SOL_IP, unix.IP_RECVTOS}}
+	errorOpts6 = append([]sockopt{{unix.SOL_IPV6, unix.IPV6_RECVERR}, {unix.SOL_IPV6, unix.IPV6_RECVTCLASS}}, errorOpts4...)
+	// A listener's replies leave from the address that was spoken to.
+	pktinfoOpts4 = []sockopt{{unix.SOL_IP, unix.IP_PKTINFO}}
+	pktinfoOpts6 = append([]sockopt{{unix.SOL_IPV6, unix.IPV6_RECVPKTINFO}}, pktinfoOpts4...)
+)
+
+// setOptions prepares the socket for the engine. Nothing of it is vital.
+func (s *udpSocket) setOptions(stream bool) {
+	opts, pktinfo := errorOpts4, pktinfoOpts4
+	if s.v6 {
+		opts, pktinfo = errorOpts6, pktinfoOpts6
+	}
+	s.switchOn(opts)
+	if s.rule != nil {
+		s.switchOn(pktinfo)
+	}
+	if stream {
+		s.switchOn([]sockopt{{unix.SOL_UDP, unix.UDP_GRO}})
+		unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, udpReceiveBuffer)
+	}
+}
+
+func (s *udpSocket) switchOn(opts []sockopt) {
+	for _, o := range opts {
+		unix.SetsockoptInt(s.fd, o.level, o.name, 1)
+	}
+}
+
+// pin sets DF on what is sent from now on, or leaves it to the kernel, which then
+// fragments what is too long for the path.
+func (s *udpSocket) pin(on bool) {
+	if s.pinned.Load() == on {
+		return
+	}
+	s.pinned.Store(on)
+	v4, v6 := unix.IP_PMTUDISC_WANT, unix.IPV6_PMTUDISC_WANT
+	if on {
+		v4, v6 = unix.IP_PMTUDISC_DO, unix.IPV6_PMTUDISC_DO
+	}
+	unix.SetsockoptInt(s.fd, unix.SOL_IP, unix.IP_MTU_DISCOVER, v4)
+	if s.v6 {
+		unix.SetsockoptInt(s.fd, unix.SOL_IPV6, unix.IPV6_MTU_DISCOVER, v6)
+	}
+}
+
+// allowBroadcast sets SO_BROADCAST, and reports whether it was not set before.
+func (s *udpSocket) allowBroadcast() bool {
+	if s.broadcast.Swap(true) {
+		return false
+	}
+	return unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_BROADCAST, 1) == nil
+}
+
+// bound returns the address of the socket, unmapped, and whether it takes IPv4 and
+// IPv6.
+func (s *udpSocket) bound() (addr netip.AddrPort, v4, v6 bool) {
+	sa, err := unix.Getsockname(s.fd)
+	if err != nil {
+		return addr, false, false
+	}
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port)), true, false
+	case *unix.SockaddrInet6:
+		addr = netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
+		if addr.Addr().Is4() {
+			return addr, true, false
+		}
+		only6, err := unix.GetsockoptInt(s.fd, unix.SOL_IPV6, unix.IPV6_V6ONLY)
+		return addr, err == nil && only6 == 0 && addr.Addr().IsUnspecified(), true
+	}
+	return addr, false, false
+}
+
+// isV6 reports the family of a socket.
+func isV6(fd int) bool {
+	domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	return err == nil && domain == unix.AF_INET6
+}
+
+// close closes the socket, once whoever uses it is through.
+func (s *udpSocket) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd < 0 {
+		return
+	}
+	s.poll.remove(s.fd)
+	unix.Close(s.fd)
+	s.fd = -1
+}
