@@ -145,6 +145,12 @@ func (m *errorMessage) parse() (ee unix.SockExtendedErr, from netip.Addr, ok boo
 // what is left of the datagram's payload.
 func (w *udpWorker) report(s *udpSocket, ee unix.SockExtendedErr, from netip.Addr, quoted []byte) {
 	f := w.engine.flowOf(s, &w.err.name)
+	if f == nil && ee.Origin == unix.SO_EE_ORIGIN_LOCAL {
+		f = s.tooLong.Load()
+		if f == nil || f.host.remote.addrPort().Addr() != w.err.name.addrPort().Addr() {
+			return
+		}
+	}
 	if f == nil || f.inside.sock != nil {
 		return // a socket can't be told
 	}

@@ -129,6 +129,9 @@ func (e *udpEngine) dialLocked(f *flow, d *stack.Datagram, key tapKey) (*flow, e
 	if s.rule != nil {
 		f.counters = &s.rule.flowCounters
 	}
+	if dst.Addr().IsMulticast() {
+		s.group.Store(true)
+	}
 	f.host = flowEnd{sock: s, remote: sockaddrOf(dst, s.v6)}
 	e.enterFlowLocked(f)
 	return f, nil
@@ -154,7 +157,6 @@ func (e *udpEngine) socketLocked(guest, dst netip.AddrPort, stream bool) (*udpSo
 		// a socket of its own tells the replies apart.
 		return e.newSocketLocked(nil, is4, stream)
 	}
-	s.group.CompareAndSwap(false, dst.Addr().IsMulticast())
 	return s, nil
 }
 
@@ -207,6 +209,7 @@ func (e *udpEngine) sendSome(b *sendBatch, i int) int {
 	case e.segment && !b.sock.noSegment.Load():
 		n, err = sendWhole(b, i, b.n)
 	case b.meta[i].count > 1:
+		b.sock.tooLong.Store(b.meta[i].flow)
 		err = b.sendSplit(i)
 	default:
 		n, err = sendWhole(b, i, i+1)
@@ -228,6 +231,10 @@ func sendWhole(b *sendBatch, i, end int) (int, syscall.Errno) {
 	if err == 0 || err == syscall.EAGAIN {
 		return n, err
 	}
+	// If the datagram was too long, the error queue says so, over IPv4 without
+	// the destination's port (ip_local_error in __ip_append_data). It can be
+	// read before we are back here, but then it will be said again.
+	b.sock.tooLong.Store(b.meta[i].flow)
 	// The error may be that of an earlier datagram, to another peer, and with
 	// its return it is cleared: once more.
 	broadcast := err == syscall.EACCES && b.sock.allowBroadcast()

@@ -38,11 +38,12 @@ type udpSocket struct {
 
 	// mu is read-locked while fd is in use, and locked to close it.
 	mu        sync.RWMutex
-	fd        int         // -1 once closed
-	noSegment atomic.Bool // UDP_SEGMENT failed: the device lacks checksum offload
-	pinned    atomic.Bool // datagrams leave with DF
-	broadcast atomic.Bool // SO_BROADCAST is set
-	group     atomic.Bool // has sent to a multicast or broadcast address: anyone may answer
+	fd        int                  // -1 once closed
+	noSegment atomic.Bool          // UDP_SEGMENT failed: the device lacks checksum offload
+	pinned    atomic.Bool          // datagrams leave with DF
+	broadcast atomic.Bool          // SO_BROADCAST is set
+	group     atomic.Bool          // has sent to a multicast or broadcast address: anyone may answer
+	tooLong   atomic.Pointer[flow] // may have had EMSGSIZE
 }
 
 // openUDP makes a socket of the host for datagrams of one family.

@@ -1,76 +1,70 @@
 package forward
 
 import (
+	"net"
 	"net/netip"
+	"os/exec"
+	"strings"
 	"sync"
 	"testing"
-	"unsafe"
 
 	"github.com/stretchr/testify/require"
-	"golang.org/x/sys/unix"
 )
 
-// Addresses of the test's host that are no loopback addresses, though they are on
-// lo; see routable.
+// Addresses of the test's host that are no loopback addresses; see routable.
 var (
 	routable4 = netip.MustParseAddr("192.0.2.7")
 	routable6 = netip.MustParseAddr("2001:db8::7")
 )
 
-var addRoutable = sync.OnceValue(func() error {
-	fd4, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
+var addRoutable = sync.OnceValues(func() (*net.Interface, error) {
+	if err := ip(
+		"link add udp0 type veth peer name udp1",
+		"addr add "+routable4.String()+"/24 dev udp0",
+		"addr add "+routable6.String()+"/64 dev udp0 nodad",
+		// No link-local address, which would be tentative for a second; the
+		// other end first, so that udp0 has a carrier as soon as it is up.
+		"link set udp0 addrgenmode none",
+		"link set udp1 up",
+		"link set udp0 up",
+		"route add 224.0.0.0/4 dev udp0",
+	); err != nil {
+		return nil, err
 	}
-	defer unix.Close(fd4)
-	req, err := unix.NewIfreq("lo:1")
-	if err != nil {
-		return err
-	}
-	addr4 := routable4.As4()
-	req.SetInet4Addr(addr4[:])
-	if err := unix.IoctlIfreq(fd4, unix.SIOCSIFADDR, req); err != nil {
-		return err
-	}
-	fd6, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd6)
-	req6 := struct { // struct in6_ifreq
-		addr      [16]byte
-		prefixLen uint32
-		ifindex   int32
-	}{routable6.As16(), 128, 1} // lo is the first interface of every namespace
-	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd6), unix.SIOCSIFADDR, uintptr(unsafe.Pointer(&req6)))
-	if errno != 0 {
-		return errno
-	}
-	return nil
+	return net.InterfaceByName("udp0")
 })
 
-// routable gives the test's host the two addresses.
-func routable(t testing.TB) {
+// routable gives the test's host an interface that has these addresses, and where
+// multicasts go.
+func routable(t testing.TB) *net.Interface {
 	t.Helper()
-	require.NoError(t, addRoutable())
+	ifi, err := addRoutable()
+	require.NoError(t, err)
+	return ifi
 }
 
 // setLoopbackMTU makes lo narrow until the test ends.
-func setLoopbackMTU(t testing.TB, mtu uint32) {
+func setLoopbackMTU(t testing.TB, mtu string) {
 	t.Helper()
-	set := func(mtu uint32) error {
-		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return err
-		}
-		defer unix.Close(fd)
-		req, err := unix.NewIfreq("lo")
-		if err != nil {
-			return err
-		}
-		req.SetUint32(mtu)
-		return unix.IoctlIfreq(fd, unix.SIOCSIFMTU, req)
-	}
-	require.NoError(t, set(mtu))
-	t.Cleanup(func() { require.NoError(t, set(65536)) })
+	require.NoError(t, ip("link set lo mtu "+mtu))
+	t.Cleanup(func() { require.NoError(t, ip("link set lo mtu 65536")) })
 }
+
+// ip runs ip(8) in the test's namespace.
+func ip(commands ...string) error {
+	cmd := exec.Command("ip", "-batch", "-")
+	cmd.Stdin = strings.NewReader(strings.Join(commands, "\n"))
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return &ipError{string(out), err}
+	}
+	return nil
+}
+
+type ipError struct {
+	output string
+	err    error
+}
+
+func (e *ipError) Error() string { return "ip: " + e.err.Error() + ": " + e.output }
+func (e *ipError) Unwrap() error { return e.err }
