@@ -96,12 +96,12 @@ var (
 	cmsgDataSkip = unix.CmsgLen(0)
 )
 
-// control is the space for the control messages of one datagram, aligned as
+// cmsgBuf is the space for the control messages of one datagram, aligned as
 // struct cmsghdr must be. The most that we send is 24+8+16 bytes of data with
 // four headers; the most that we receive adds the other family's pktinfo.
-type control [24]uint64
+type cmsgBuf [24]uint64
 
-func (c *control) bytes() []byte {
+func (c *cmsgBuf) bytes() []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(c)), unsafe.Sizeof(*c))
 }
 
@@ -144,7 +144,7 @@ type sendOptions struct {
 // put writes the options as control messages and returns their length. Those of
 // IPv4 are understood on an IPv6 socket too, if that is where the datagram goes
 // (udpv6_sendmsg hands it to udp_sendmsg).
-func (o *sendOptions) put(c *control, v4 bool) (n int) {
+func (o *sendOptions) put(c *cmsgBuf, v4 bool) (n int) {
 	b := c.bytes()
 	if o.from != (localAddr{}) {
 		if v4 {

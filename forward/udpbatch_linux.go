@@ -38,7 +38,7 @@ type recvBatch struct {
 	msgs  [recvMsgs]mmsghdr
 	iovs  [recvMsgs]unix.Iovec
 	names [recvMsgs]sockaddr
-	ctrl  [recvMsgs]control
+	ctrl  [recvMsgs]cmsgBuf
 	buf   []byte
 	n     int // filled by the last call
 }
@@ -99,7 +99,7 @@ type sendBatch struct {
 	msgs  [sendMsgs]mmsghdr
 	iovs  [sendMsgs]unix.Iovec
 	names [sendMsgs]sockaddr
-	ctrl  [sendMsgs]control
+	ctrl  [sendMsgs]cmsgBuf
 	arena []byte
 }
 

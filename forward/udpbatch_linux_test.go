@@ -18,7 +18,7 @@ import (
 // sendSegmented sends payload as one super-frame.
 func sendSegmented(t testing.TB, c *net.UDPConn, to netip.AddrPort, payload []byte, size int) {
 	t.Helper()
-	var ctrl control
+	var ctrl cmsgBuf
 	opt := sendOptions{segment: size}
 	n := opt.put(&ctrl, true)
 	_, _, err := c.WriteMsgUDPAddrPort(payload, ctrl.bytes()[:n], to)
@@ -232,7 +232,7 @@ func TestUDPNarrowPath(t *testing.T) {
 }
 
 func FuzzControlMessages(f *testing.F) {
-	var c control
+	var c cmsgBuf
 	opt := sendOptions{from: localAddr{addr: [16]byte{1, 15: 2}, ifindex: 3}, ttl: 4, tos: 5, segment: 6}
 	n := opt.put(&c, false)
 	f.Add(bytes.Clone(c.bytes()[:n]))
@@ -240,7 +240,7 @@ func FuzzControlMessages(f *testing.F) {
 	f.Add(bytes.Clone(c.bytes()[:n]))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var opt recvOptions
-		var c control
+		var c cmsgBuf
 		n := copy(c.bytes(), b)
 		opt.parse(c.bytes()[:n])
 		var total int

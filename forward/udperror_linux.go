@@ -64,7 +64,7 @@ type errorMessage struct {
 	hdr  unix.Msghdr
 	iov  unix.Iovec
 	name sockaddr
-	ctrl control
+	ctrl cmsgBuf
 	buf  [548]byte // RFC 1812, §4.3.2.3: an ICMP error is at most 576 bytes
 	d    stack.Datagram
 }

@@ -77,18 +77,18 @@ func adoptUDP(conn *net.UDPConn) (int, error) {
 	return fd, nil
 }
 
-// sockopt is an option of a socket that is switched on.
-type sockopt struct{ level, name int }
+// udpOption is an option of a socket that is switched on.
+type udpOption struct{ level, name int }
 
 // Options by what they are for. Those of SOL_IP are set on IPv6 sockets too, where
 // they concern the IPv4 traffic.
 var (
 	// The error queue says which destination an ICMP error is about.
-	errorOpts4 = []sockopt{{unix.SOL_IP, unix.IP_RECVERR}, {unix.SOL_IP, unix.IP_RECVTOS}}
-	errorOpts6 = append([]sockopt{{unix.SOL_IPV6, unix.IPV6_RECVERR}, {unix.SOL_IPV6, unix.IPV6_RECVTCLASS}}, errorOpts4...)
+	errorOpts4 = []udpOption{{unix.SOL_IP, unix.IP_RECVERR}, {unix.SOL_IP, unix.IP_RECVTOS}}
+	errorOpts6 = append([]udpOption{{unix.SOL_IPV6, unix.IPV6_RECVERR}, {unix.SOL_IPV6, unix.IPV6_RECVTCLASS}}, errorOpts4...)
 	// A listener's replies leave from the address that was spoken to.
-	pktinfoOpts4 = []sockopt{{unix.SOL_IP, unix.IP_PKTINFO}}
-	pktinfoOpts6 = append([]sockopt{{unix.SOL_IPV6, unix.IPV6_RECVPKTINFO}}, pktinfoOpts4...)
+	pktinfoOpts4 = []udpOption{{unix.SOL_IP, unix.IP_PKTINFO}}
+	pktinfoOpts6 = append([]udpOption{{unix.SOL_IPV6, unix.IPV6_RECVPKTINFO}}, pktinfoOpts4...)
 )
 
 // setOptions prepares the socket for the engine. Nothing of it is vital.
@@ -102,12 +102,12 @@ func (s *udpSocket) setOptions(stream bool) {
 		s.switchOn(pktinfo)
 	}
 	if stream {
-		s.switchOn([]sockopt{{unix.SOL_UDP, unix.UDP_GRO}})
+		s.switchOn([]udpOption{{unix.SOL_UDP, unix.UDP_GRO}})
 		unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_RCVBUF, udpReceiveBuffer)
 	}
 }
 
-func (s *udpSocket) switchOn(opts []sockopt) {
+func (s *udpSocket) switchOn(opts []udpOption) {
 	for _, o := range opts {
 		unix.SetsockoptInt(s.fd, o.level, o.name, 1)
 	}
