@@ -42,6 +42,13 @@ func Open(arg string) (*NS, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open network namespace: %w", err)
 	}
+	return FromFile(f, path)
+}
+
+// FromFile makes an NS of an open file, such as an inherited descriptor, and
+// takes the file over: also with an error it is closed. path is where the file
+// was opened, for String and WaitGone; "" is nowhere.
+func FromFile(f *os.File, path string) (*NS, error) {
 	// NS_GET_NSTYPE answers ENOTTY for anything that is not a namespace
 	// (ioctl_ns(2)).
 	switch kind, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_NSTYPE); {

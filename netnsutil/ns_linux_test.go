@@ -2,6 +2,7 @@ package netnsutil_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"runtime"
 	"testing"
@@ -96,4 +97,21 @@ func BenchmarkDo(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+func TestFromFile(t *testing.T) {
+	ns := nstest.New(t)
+	f, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", ns.Fd()))
+	require.NoError(t, err)
+	same, err := netnsutil.FromFile(f, "/run/netns/x")
+	require.NoError(t, err)
+	defer same.Close()
+	require.True(t, same.Equal(ns))
+	require.Equal(t, "/run/netns/x", same.String())
+
+	null, err := os.Open(os.DevNull)
+	require.NoError(t, err)
+	_, err = netnsutil.FromFile(null, "")
+	require.ErrorIs(t, err, netnsutil.ErrNotNetNS)
+	require.ErrorIs(t, null.Close(), os.ErrClosed)
 }

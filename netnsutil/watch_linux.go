@@ -25,7 +25,8 @@ const goneInterval = 500 * time.Millisecond
 // WaitGone blocks until the path by which ns was opened leads to it no longer,
 // and returns [ErrGone]; or until ctx is done, and returns ctx's error. For a
 // path of the form /proc/PID/ns/net that is when the process ends. A namespace
-// without a path, see [New], does not go. ns itself stays usable in any case.
+// without a path, see [New], does not go, nor does one whose path the caller may
+// not see. ns itself stays usable in any case.
 //
 // A deletion or the end of a process is seen at once, an unmount within half a
 // second.
@@ -37,9 +38,13 @@ func (ns *NS) WaitGone(ctx context.Context) error {
 	// The directory is held open for a caller who gives up his view of the
 	// file system later on.
 	dir, err := os.Open(filepath.Dir(ns.path))
-	if errors.Is(err, os.ErrNotExist) {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
 		return ErrGone
-	} else if err != nil {
+	case errors.Is(err, os.ErrPermission): // see FromFile
+		<-ctx.Done()
+		return ctx.Err()
+	case err != nil:
 		return fmt.Errorf("watch network namespace: %w", err)
 	}
 	defer dir.Close()
