@@ -2,12 +2,16 @@ package forward
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/gofwd/gofwd/netnsutil"
+	"github.com/gofwd/gofwd/stack"
 )
 
 // Datapath says which of the two paths inbound and outbound TCP may take.
@@ -83,13 +87,271 @@ type Network struct {
 
 // Forwarder is a running set of forwards.
 //
-//	Start ──► running ──► Close ──► closed
-//	  └─ error: nothing is left        Wait returns
-type Forwarder struct{}
+//	Start ──► running ──► Close, or the namespace goes ──► closed
+//	  └─ error: nothing is left                            Wait returns
+type Forwarder struct {
+	// Immutable after Start.
+	cfg     Config
+	log     *slog.Logger
+	plan    *networkPlan
+	paths   *paths
+	rules   []*activeRule
+	notes   []string
+	started time.Time
+
+	stack       *stack.Stack
+	stopCapture func() // nil without
+	tcp         *tcpEngine
+	udp         *udpEngine // nil if NoUDP
+	ping        *pinger    // nil if NoICMP
+
+	ctx   context.Context // ends with Close
+	close context.CancelFunc
+	ended chan struct{} // closed when everything has ended
+	err   error         // why; valid when ended is closed
+}
 
 // Start brings up everything that cfg asks for, or nothing. ctx bounds only the
 // start.
-func Start(ctx context.Context, cfg Config) (*Forwarder, error) { return &Forwarder{}, nil }
+//
+// The order is such that nothing is reachable before all of it works: tap,
+// addresses, stack, listeners, and then the first connection is accepted.
+func Start(ctx context.Context, cfg Config) (*Forwarder, error) {
+	if cfg.NetNS == nil {
+		return nil, errors.New("start forwarding: no network namespace is given")
+	}
+	f := &Forwarder{cfg: cfg, log: cfg.Logger, started: time.Now(), ended: make(chan struct{})}
+	f.ctx, f.close = context.WithCancel(context.Background())
+	if f.log == nil {
+		f.log = slog.New(slog.DiscardHandler)
+	}
+	if err := f.start(ctx); err != nil {
+		f.close()
+		f.shutdown()
+		return nil, err
+	}
+	go f.run()
+	return f, nil
+}
+
+// start is Start, and leaves what it has made to shutdown.
+func (f *Forwarder) start(ctx context.Context) error {
+	rules, err := f.checkRules()
+	if err != nil {
+		return err
+	}
+	if f.plan, err = planNetwork(f.cfg.Network, f.readHost()); err != nil {
+		return err
+	}
+	f.notes = f.plan.notes
+	addrs, dns := f.plan.addrs, &nameservers{path: resolvConf}
+	addrs.loopbackToLoopback = f.cfg.HostLoopbackToNSLoopback
+	addrs.mainAddr, addrs.nameserver = netnsutil.MainAddr, dns.next
+	if err := f.startStack(&addrs, dns); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("start forwarding: %w", err)
+	}
+	binder := &binder{ns: f.cfg.NetNS, noIPv4: f.cfg.Network.NoIPv4, noIPv6: f.cfg.Network.NoIPv6}
+	bindings, err := binder.bindAll(rules)
+	if err != nil {
+		return err
+	}
+	return f.listen(bindings)
+}
+
+// checkRules returns the rules that are to run, or says why they can't.
+func (f *Forwarder) checkRules() ([]Rule, error) {
+	switch f.cfg.Datapath {
+	case "", Auto, Tap:
+	case Kernel:
+		return nil, fmt.Errorf("start forwarding: the kernel path is not there yet: %w", errors.ErrUnsupported)
+	default:
+		return nil, fmt.Errorf("start forwarding: datapath %q is none of auto, tap and kernel", f.cfg.Datapath)
+	}
+	if err := Validate(f.cfg.Rules); err != nil {
+		return nil, err
+	}
+	var rules []Rule
+	for _, r := range f.cfg.Rules {
+		if r.Proto == TCP && f.cfg.NoTCP || r.Proto == UDP && f.cfg.NoUDP {
+			continue
+		}
+		if r.Auto {
+			return nil, &Error{Op: "follow the listeners of", Rule: r, Err: errors.ErrUnsupported}
+		}
+		rules = append(rules, r)
+	}
+	return rules, nil
+}
+
+// readHost returns what is known of the host's network, which may be nothing.
+func (f *Forwarder) readHost() (host hostNetwork) {
+	var err error
+	if host.nets, err = netnsutil.LocalAddrs(); err != nil {
+		f.log.Warn("the host's addresses are unknown", "err", err)
+	}
+	if f.cfg.Network.CopyHost {
+		if host.main, err = netnsutil.HostLink(); err != nil && !errors.Is(err, netnsutil.ErrNoHostLink) {
+			f.log.Warn("the host's network is unknown", "err", err)
+		}
+	}
+	return host
+}
+
+// startStack makes the tap and all that carries what comes out of it.
+func (f *Forwarder) startStack(addrs *hostMap, dns *nameservers) error {
+	var dev stack.Device
+	err := f.cfg.NetNS.Do(func() (err error) {
+		dev, f.plan.link.HardwareAddr, err = stack.OpenTap(f.plan.link.Name, f.plan.link.MTU)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	f.paths = &paths{addrs: addrs, noKernel: "the kernel path is not there yet"}
+	if f.cfg.Datapath == Tap {
+		f.paths.noKernel = "the tap path was asked for"
+	}
+	cfg := stack.Config{Device: dev, GuestMAC: f.plan.link.HardwareAddr, Guest: addrs.guest, Logger: f.log}
+	// The callbacks run as soon as there is a stack, which the engines write
+	// to: they wait for it.
+	ready := make(chan struct{})
+	defer close(ready)
+	if !f.cfg.NoTCP {
+		cfg.TCP = func(r *stack.TCPRequest) { <-ready; f.tcp.fromNamespace(r) }
+	}
+	if !f.cfg.NoUDP {
+		cfg.UDP = func(d *stack.Datagram) { <-ready; f.udp.fromNamespace(d) }
+		cfg.Idle = func() { <-ready; f.udp.idle() }
+	}
+	if !f.cfg.NoICMP {
+		cfg.Echo = func(q *stack.Echo) { <-ready; f.ping.fromNamespace(q) }
+	}
+	if f.stack, err = stack.New(cfg); err != nil {
+		dev.Close()
+		return err
+	}
+	if err := f.startEngines(addrs, dns); err != nil {
+		return err
+	}
+	// Last, so that the engines and the capture get the first frame.
+	return f.cfg.NetNS.Configure(f.plan.link)
+}
+
+// startEngines starts what the stack's callbacks lead to.
+func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
+	local := localDialer{f.cfg.NetNS}
+	f.paths.tap, f.paths.local = tapDialer{f.stack}, local
+	f.tcp = newTCPEngine(f.paths, dns, f.log)
+	if !f.cfg.NoICMP {
+		f.ping = newPinger(addrs, f.stack, f.log)
+	}
+	if f.cfg.Capture != nil {
+		f.stopCapture = f.stack.Capture(f.cfg.Capture)
+	}
+	if f.cfg.NoUDP {
+		return nil
+	}
+	f.udp, err = newUDPEngine(udpConfig{
+		Stack:          f.stack,
+		Source:         addrs.source,
+		Destination:    addrs.destination,
+		Guest:          addrs.guestOf,
+		Inside:         local.listenUDP,
+		LoopbackInside: addrs.loopbackToLoopback,
+		MTU:            f.plan.link.MTU,
+		Batched:        true,
+		Outbound:       &f.tcp.outbound,
+		Logger:         f.log,
+	})
+	return err
+}
+
+// listen puts the bound sockets to work. It owns them, also if it fails.
+func (f *Forwarder) listen(bindings []binding) error {
+	for i, b := range bindings {
+		rule := &activeRule{id: i + 1, rule: b.rule}
+		rule.setPath(f.paths.describe(b.rule))
+		for _, l := range b.listeners {
+			rule.addBound(l.addr())
+		}
+		f.rules = append(f.rules, rule)
+		for _, failed := range b.failed {
+			f.log.Warn("a port is left out", "err", failed)
+			f.notes = append(f.notes, "a port is left out: "+failed.Error())
+		}
+	}
+	var err error
+	for i, b := range bindings {
+		for _, l := range b.listeners {
+			port := l.rule.TargetPorts.First
+			switch {
+			case err != nil:
+				l.Close()
+			case l.tcp != nil:
+				f.tcp.listen(l.tcp, f.rules[i], port)
+			default:
+				err = f.udp.listen(l.udp, f.rules[i], port)
+			}
+		}
+	}
+	return err
+}
+
+// run waits for the end, and makes it.
+func (f *Forwarder) run() {
+	if err := f.cfg.NetNS.WaitGone(f.ctx); f.ctx.Err() == nil {
+		f.err = err
+	}
+	f.shutdown()
+	close(f.ended)
+}
+
+// shutdown ends what start has begun, in the order of [Forwarder.Close].
+func (f *Forwarder) shutdown() {
+	if f.tcp != nil {
+		f.tcp.close()
+	}
+	if f.udp != nil {
+		f.udp.close()
+	}
+	if f.ping != nil {
+		f.ping.close()
+	}
+	if f.stack != nil {
+		f.stack.Close()
+	}
+	if f.stopCapture != nil {
+		f.stopCapture() // after the last frame
+	}
+}
+
+// Wait blocks until the Forwarder has ended, and returns why: nil after Close,
+// or [netnsutil.ErrGone] when the namespace went away.
+func (f *Forwarder) Wait() error {
+	<-f.ended
+	return f.err
+}
+
+// Close ends everything: listeners, then connections, then the stack, then the
+// tap. It is idempotent, and returns when every goroutine has ended.
+func (f *Forwarder) Close() error {
+	f.close()
+	<-f.ended
+	return nil
+}
+
+// Traffic is how many flows there are and were, and the bytes of payload that
+// they moved.
+type Traffic struct {
+	Active int64 `json:"active"`
+	Total  int64 `json:"total"`
+	// BytesIn went into the namespace, BytesOut came out of it.
+	BytesIn  int64 `json:"bytes_in"`
+	BytesOut int64 `json:"bytes_out"`
+}
 
 // RuleStatus is a forward and how it fares.
 type RuleStatus struct {
@@ -102,12 +364,7 @@ type RuleStatus struct {
 	// not the best one; "" where it is.
 	Path   Datapath `json:"path"`
 	Reason string   `json:"reason,omitempty"`
-	// Active counts open connections (UDP: flows), Total all there were.
-	Active int64 `json:"active"`
-	Total  int64 `json:"total"`
-	// BytesIn went into the namespace, BytesOut came out of it.
-	BytesIn  int64 `json:"bytes_in"`
-	BytesOut int64 `json:"bytes_out"`
+	Traffic
 }
 
 // Status is what a Forwarder is and does, for people and for JSON.
@@ -121,18 +378,35 @@ type Status struct {
 	Alias   []netip.Addr   `json:"host_alias"`
 	Started time.Time      `json:"started"`
 	Rules   []RuleStatus   `json:"forwards"`
+	// Outbound is what the container began itself.
+	Outbound Traffic `json:"outbound"`
 	// Notes are sentences an operator should read: abilities that are
 	// missing and what to do about it.
 	Notes []string `json:"notes,omitempty"`
 }
 
 // Status returns a snapshot.
-func (f *Forwarder) Status() Status { return Status{} }
-
-// Wait blocks until the Forwarder has ended, and returns why: nil after Close,
-// or [netnsutil.ErrGone] when the namespace went away.
-func (f *Forwarder) Wait() error { return nil }
-
-// Close ends everything: listeners, then connections, then the stack, then the
-// tap. It is idempotent, and returns when every goroutine has ended.
-func (f *Forwarder) Close() error { return nil }
+func (f *Forwarder) Status() Status {
+	s := Status{
+		NetNS:    f.cfg.NetNS.String(),
+		IfName:   f.plan.link.Name,
+		MTU:      f.plan.link.MTU,
+		Addrs:    f.plan.link.Addrs,
+		Gateway:  f.plan.addrs.gateways,
+		DNS:      f.plan.addrs.dns,
+		Alias:    f.plan.addrs.alias,
+		Started:  f.started,
+		Outbound: f.tcp.outbound.traffic(),
+		Rules:    make([]RuleStatus, 0, len(f.rules)),
+		Notes:    slices.Clone(f.notes),
+	}
+	for _, r := range f.rules {
+		s.Rules = append(s.Rules, r.status())
+	}
+	if f.ping != nil {
+		if note := f.ping.note(); note != "" {
+			s.Notes = append(s.Notes, note)
+		}
+	}
+	return s
+}

@@ -25,8 +25,8 @@ type hostMap struct {
 	loopbackToLoopback bool
 
 	// mainAddr returns the host's main address of a family, the one that
-	// it speaks to the world with.
-	mainAddr func(is4 bool) (netip.Addr, error)
+	// it speaks to the world with, if it has one.
+	mainAddr func(is6 bool) (netip.Addr, bool)
 	// nameserver returns the nameserver of the host that is to be asked now.
 	nameserver func() (netip.Addr, error)
 }
@@ -114,11 +114,11 @@ func (m *hostMap) destination(dst netip.AddrPort) (netip.AddrPort, error) {
 	case slices.Contains(m.loopback, addr):
 		return netip.AddrPortFrom(loopbackOf(addr.Is4()), port), nil
 	case slices.Contains(m.alias, addr):
-		host, err := m.mainAddr(addr.Is4())
-		if err == nil && host.IsLoopback() {
-			err = syscall.EHOSTUNREACH
+		host, ok := m.mainAddr(addr.Is6())
+		if !ok || host.IsLoopback() {
+			return netip.AddrPort{}, syscall.ENETUNREACH
 		}
-		return netip.AddrPortFrom(host, port), err
+		return netip.AddrPortFrom(host, port), nil
 	case slices.Contains(m.dns, addr), slices.Contains(m.gateways, addr) && m.invented(addr):
 		return netip.AddrPort{}, syscall.ECONNREFUSED
 	case addr.IsLoopback(), addr.IsUnspecified(), addr.IsMulticast(), m.invented(addr):

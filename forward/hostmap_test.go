@@ -17,11 +17,11 @@ func testHostMap() *hostMap {
 		dns:      addrs("10.0.2.3", "fd67:6f66:7764::3"),
 		alias:    addrs("169.254.1.2", "fd67:6f66:7764::1"),
 		private:  []netip.Prefix{netip.MustParsePrefix("10.0.2.0/24"), netip.MustParsePrefix("fd67:6f66:7764::/64")},
-		mainAddr: func(is4 bool) (netip.Addr, error) {
-			if is4 {
-				return netip.MustParseAddr("192.0.2.10"), nil
+		mainAddr: func(is6 bool) (netip.Addr, bool) {
+			if is6 {
+				return netip.MustParseAddr("2001:db8::10"), true
 			}
-			return netip.MustParseAddr("2001:db8::10"), nil
+			return netip.MustParseAddr("192.0.2.10"), true
 		},
 		nameserver: func() (netip.Addr, error) { return netip.MustParseAddr("127.0.0.53"), nil },
 	}
@@ -95,7 +95,7 @@ func TestHostMapDestination(t *testing.T) {
 	copied.gateways = addrs("192.0.2.1")
 	copied.dns = addrs("169.254.1.1")
 	offline := testHostMap()
-	offline.mainAddr = func(bool) (netip.Addr, error) { return netip.Addr{}, syscall.ENETUNREACH }
+	offline.mainAddr = func(bool) (netip.Addr, bool) { return netip.Addr{}, false }
 
 	for _, tt := range []struct {
 		name      string
@@ -152,7 +152,7 @@ func TestHostLoopbackIsClosed(t *testing.T) {
 		}
 	}
 	// Not even where the host's main address is asked for.
-	m.mainAddr = func(is4 bool) (netip.Addr, error) { return loopbackOf(is4), nil }
+	m.mainAddr = func(is6 bool) (netip.Addr, bool) { return loopbackOf(!is6), true }
 	for _, alias := range m.alias {
 		got, err := m.destination(netip.AddrPortFrom(alias, 22))
 		require.Error(t, err, "%s leads to %s", alias, got)

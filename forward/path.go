@@ -6,6 +6,8 @@ import (
 	"net"
 	"net/netip"
 	"syscall"
+
+	"github.com/gofwd/gofwd/stack"
 )
 
 // flowConn is either end of a TCP flow: a host socket, a transparent socket in
@@ -20,6 +22,18 @@ type flowConn interface {
 // address that the server sees.
 type dialer interface {
 	DialTCP(ctx context.Context, src, dst netip.AddrPort) (flowConn, error)
+}
+
+// tapDialer is the path by the stack at the far end of the tap.
+type tapDialer struct{ stack *stack.Stack }
+
+// DialTCP is [stack.Stack.DialTCP].
+func (d tapDialer) DialTCP(ctx context.Context, src, dst netip.AddrPort) (flowConn, error) {
+	c, err := d.stack.DialTCP(ctx, src, dst)
+	if err != nil {
+		return nil, err // no typed nil
+	}
+	return c, nil
 }
 
 // paths are the ways into the namespace, and the choice between them.

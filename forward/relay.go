@@ -63,9 +63,7 @@ func (r *relay) runOut(done chan<- struct{}) {
 func (r *relay) half(dst, src flowConn, live *atomic.Int64, srcDied, dstDied string) int64 {
 	n, err := copyHalf(dst, src, live, r.bufs)
 	if err == nil {
-		if err = dst.CloseWrite(); err != nil {
-			err = writeError{err}
-		}
+		err = dst.CloseWrite()
 	}
 	switch {
 	case err != nil:
@@ -76,11 +74,10 @@ func (r *relay) half(dst, src flowConn, live *atomic.Int64, srcDied, dstDied str
 		err = awaitReset(src)
 	}
 	if err != nil {
-		died := srcDied
-		if errors.As(err, new(writeError)) {
-			died = dstDied
+		if isWrite(err) {
+			srcDied = dstDied
 		}
-		r.abort(died)
+		r.abort(srcDied)
 	}
 	return n
 }
@@ -111,37 +108,29 @@ func abort(c net.Conn) {
 	}
 }
 
-// writeError is an error of the end that was written to; all others are of the
-// end that was read from.
-type writeError struct{ error }
-
-func (e writeError) Unwrap() error { return e.error }
+// isWrite reports whether err is of the end that was written to.
+func isWrite(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && (op.Op == "write" || op.Op == "close")
+}
 
 // copyHalf copies src to dst until src says FIN, counting in live what was
-// written, and returns the count. Here is the choice of means.
+// written, and returns the count. Here is the choice of means: a connection of
+// the stack moves its own buffers from and to a socket, everything else goes
+// through buffers of ours.
 func copyHalf(dst, src flowConn, live *atomic.Int64, bufs *bufferPool) (int64, error) {
 	if tap, ok := src.(*stack.Conn); ok {
 		if raw, ok := rawConn(dst); ok {
-			return copied(tap.CopyTo(raw, live))
+			return tap.CopyTo(raw, live)
 		}
 	}
 	if raw, ok := rawConn(src); ok {
 		if tap, ok := dst.(*stack.Conn); ok {
-			return copied(tap.CopyFrom(raw, live))
+			return tap.CopyFrom(raw, live)
 		}
 		return copyBuffered(dst, newSocketReader(raw, bufs), live, bufs)
 	}
 	return copyBuffered(dst, &plainReader{src: src, bufs: bufs}, live, bufs)
-}
-
-// copied marks an error of the stack's own copying as one of the end that was
-// written to, if it is.
-func copied(n int64, err error) (int64, error) {
-	var op *net.OpError
-	if errors.As(err, &op) && op.Op == "write" {
-		err = writeError{err}
-	}
-	return n, err
 }
 
 // rawConn returns the kernel socket under c, if there is one.
@@ -185,7 +174,7 @@ func copyBuffered(dst io.Writer, src bufferReader, live *atomic.Int64, bufs *buf
 		total += int64(n)
 		live.Add(int64(n))
 		if err != nil {
-			return total, writeError{err}
+			return total, err
 		}
 	}
 }

@@ -2,6 +2,7 @@ package forward
 
 import (
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -51,19 +52,26 @@ func (r *activeRule) addBound(addr netip.AddrPort) {
 	r.bound = append(r.bound, addr)
 }
 
+// traffic returns a snapshot of the counters.
+func (c *flowCounters) traffic() Traffic {
+	return Traffic{
+		Active:   c.active.Load(),
+		Total:    c.total.Load(),
+		BytesIn:  c.bytesIn.Load(),
+		BytesOut: c.bytesOut.Load(),
+	}
+}
+
 // status returns a snapshot of the rule.
 func (r *activeRule) status() RuleStatus {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return RuleStatus{
-		ID:       r.id,
-		Rule:     r.rule,
-		Bound:    append([]netip.AddrPort(nil), r.bound...),
-		Path:     r.path,
-		Reason:   r.reason,
-		Active:   r.active.Load(),
-		Total:    r.total.Load(),
-		BytesIn:  r.bytesIn.Load(),
-		BytesOut: r.bytesOut.Load(),
+		ID:      r.id,
+		Rule:    r.rule,
+		Bound:   slices.Clone(r.bound),
+		Path:    r.path,
+		Reason:  r.reason,
+		Traffic: r.traffic(),
 	}
 }

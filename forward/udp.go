@@ -61,6 +61,9 @@ type udpConfig struct {
 	// to cross the tap, bound to src, the address that dst is to see. A nil
 	// socket, and a nil Inside, is the tap. The engine closes the socket.
 	Inside func(src, dst netip.AddrPort) (*net.UDPConn, error)
+	// LoopbackInside sends clients on the host's loopback to the namespace's,
+	// unless their rule says where to; Inside is then required.
+	LoopbackInside bool
 	// MTU of the tap; 0 is 1500. Longer datagrams are not joined.
 	MTU int
 	// MaxFlows bounds memory, sockets and ports of the host; 0 is 16384, or a

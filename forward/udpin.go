@@ -177,6 +177,9 @@ func (e *udpEngine) acceptLocked(s *udpSocket, from *sockaddr) *flow {
 // so nobody else begins the same flow.
 func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort, from *sockaddr) *flow {
 	guest := netip.AddrPortFrom(e.target(s.rule, client.Addr().Is4()), s.port)
+	if e.cfg.LoopbackInside && client.Addr().IsLoopback() && !s.rule.rule.Target.IsValid() {
+		guest = netip.AddrPortFrom(loopbackOf(client.Addr().Is4()), s.port)
+	}
 	if !guest.Addr().IsValid() {
 		return nil
 	}

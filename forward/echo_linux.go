@@ -1,0 +1,411 @@
+package forward
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gofwd/gofwd/stack"
+)
+
+// pingGroupRange is the sysctl that says which groups may use ping sockets
+// (icmp(7)).
+const pingGroupRange = "net.ipv4.ping_group_range"
+
+// pinger carries the container's pings into the world, by the kernel's
+// unprivileged ICMP sockets (icmp(7)): one for each family, since the kernel
+// gives each socket an identifier of its own and has 16 bits of sequence number
+// to tell requests apart by. What the container had in their place is kept until
+// the answer comes, or until pingsInFlight later requests.
+type pinger struct {
+	addrs *hostMap
+	out   echoWriter
+	log   *slog.Logger
+
+	wg sync.WaitGroup
+
+	mu     sync.Mutex // guards the following fields
+	closed bool
+	v4, v6 *pingSocket
+	tried  time.Time // when the sockets were last found missing
+	err    error     // why, of the last try
+}
+
+// echoWriter is the way back to the container.
+type echoWriter interface {
+	WriteEcho(*stack.Echo) error
+	WriteEchoError(*stack.Echo, stack.ICMPError) error
+}
+
+const (
+	// pingsInFlight is how many requests of a family may wait for their
+	// answers: 8,000 a second with half a second on the way. A power of two.
+	pingsInFlight = 4096
+	// pingRetry is how often a missing socket is tried again.
+	pingRetry = 5 * time.Second
+	// pingBuffer holds the largest IP packet.
+	pingBuffer = 64 << 10
+)
+
+// newPinger returns a pinger that works as far as it is allowed to; note says
+// what is forbidden.
+func newPinger(addrs *hostMap, out echoWriter, log *slog.Logger) *pinger {
+	p := &pinger{addrs: addrs, out: out, log: log}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.openLocked()
+	return p
+}
+
+// openLocked opens the sockets that are missing.
+func (p *pinger) openLocked() {
+	if p.closed || p.v4 != nil && p.v6 != nil || time.Since(p.tried) < pingRetry {
+		return
+	}
+	p.tried = time.Now()
+	var err4, err6 error
+	if p.v4 == nil {
+		p.v4, err4 = p.openSocket(unix.AF_INET, unix.IPPROTO_ICMP)
+	}
+	if p.v6 == nil {
+		p.v6, err6 = p.openSocket(unix.AF_INET6, unix.IPPROTO_ICMPV6)
+	}
+	p.err = err4
+	if err4 == nil && !errors.Is(err6, unix.EAFNOSUPPORT) {
+		p.err = err6
+	}
+}
+
+func (p *pinger) openSocket(family, proto int) (*pingSocket, error) {
+	s, err := openPingSocket(p, family, proto)
+	if err != nil {
+		return nil, err
+	}
+	p.wg.Add(1)
+	go s.receiveLoop()
+	return s, nil
+}
+
+// note says why ping does not work and what to do, "" if it works.
+func (p *pinger) note() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.openLocked()
+	switch {
+	case p.err == nil:
+		return ""
+	case errors.Is(p.err, unix.EACCES):
+		return "the container cannot ping: " + pingGroupRange + ` forbids it to this user; as root: sysctl -w ` + pingGroupRange + `="0 2147483647"`
+	}
+	return "the container cannot ping: " + p.err.Error()
+}
+
+// fromNamespace is the stack's callback for echo requests: it never blocks.
+func (p *pinger) fromNamespace(q *stack.Echo) {
+	to, err := p.addrs.destination(netip.AddrPortFrom(q.Dst, 0))
+	switch {
+	case p.addrs.ours(q.Dst):
+		// We are what is pinged.
+		p.answer(&stack.Echo{Src: q.Dst, Dst: q.Src, ID: q.ID, Seq: q.Seq, TTL: 64, Payload: q.Payload})
+		return
+	case err == nil:
+		err = p.send(q, to.Addr())
+	}
+	if err != nil && !errors.Is(err, unix.EAGAIN) {
+		p.fail(q, unreachable(q.Dst.Is4()))
+	}
+}
+
+// send sends q to the address that it is to go to.
+func (p *pinger) send(q *stack.Echo, to netip.Addr) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.openLocked()
+	s := p.v6
+	if to.Is4() {
+		s = p.v4
+	}
+	if s == nil {
+		return unix.EAGAIN // nobody's error: no answer, and a note in the status
+	}
+	return s.sendLocked(q, to)
+}
+
+func (p *pinger) answer(e *stack.Echo) {
+	if err := p.out.WriteEcho(e); err != nil && !errors.Is(err, net.ErrClosed) {
+		p.log.Debug("ping: write the reply", "err", err)
+	}
+}
+
+func (p *pinger) fail(q *stack.Echo, e stack.ICMPError) {
+	if err := p.out.WriteEchoError(q, e); err != nil && !errors.Is(err, net.ErrClosed) {
+		p.log.Debug("ping: write the error", "err", err)
+	}
+}
+
+// close closes the sockets and waits for their goroutines.
+func (p *pinger) close() {
+	p.mu.Lock()
+	p.closed = true
+	for _, s := range []*pingSocket{p.v4, p.v6} {
+		if s != nil {
+			s.file.Close()
+		}
+	}
+	p.v4, p.v6 = nil, nil
+	p.mu.Unlock()
+	p.wg.Wait()
+}
+
+// unreachable is the ICMP error of a router that knows no way.
+func unreachable(is4 bool) stack.ICMPError {
+	if is4 {
+		return stack.ICMPError{Type: 3, Code: 1} // host unreachable, RFC 792
+	}
+	return stack.ICMPError{Type: 1, Code: 0} // no route to destination, RFC 4443
+}
+
+// pingSocket is the ping socket of one family. The pinger's mutex guards the
+// fields that change.
+type pingSocket struct {
+	p    *pinger
+	file *os.File
+	raw  syscall.RawConn
+	is4  bool
+
+	ttl  int
+	seq  uint16
+	sent [pingsInFlight]pingSent // by sequence number, modulo
+}
+
+// pingSent is a request on its way.
+type pingSent struct {
+	src, dst netip.Addr // as the container has them
+	to       netip.Addr // where it went
+	id, seq  uint16     // as the container has them
+	ttl      uint8
+	ourSeq   uint16
+	open     bool
+}
+
+func openPingSocket(p *pinger, family, proto int) (*pingSocket, error) {
+	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, proto)
+	if err != nil {
+		return nil, fmt.Errorf("open ping socket: %w", os.NewSyscallError("socket", err))
+	}
+	level, options := unix.IPPROTO_IP, []int{unix.IP_RECVERR, unix.IP_RECVTTL}
+	if family == unix.AF_INET6 {
+		level, options = unix.IPPROTO_IPV6, []int{unix.IPV6_RECVERR, unix.IPV6_RECVHOPLIMIT}
+	}
+	for _, o := range options {
+		if err := unix.SetsockoptInt(fd, level, o, 1); err != nil {
+			unix.Close(fd)
+			return nil, fmt.Errorf("open ping socket: %w", os.NewSyscallError("setsockopt", err))
+		}
+	}
+	s := &pingSocket{p: p, file: os.NewFile(uintptr(fd), "ping"), is4: family == unix.AF_INET}
+	if s.raw, err = s.file.SyscallConn(); err != nil {
+		s.file.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// sendLocked sends q to the address to, and remembers it.
+func (s *pingSocket) sendLocked(q *stack.Echo, to netip.Addr) error {
+	s.seq++
+	s.sent[s.seq%pingsInFlight] = pingSent{
+		src: q.Src, dst: q.Dst, to: to.WithZone(""), id: q.ID, seq: q.Seq, ttl: q.TTL, ourSeq: s.seq, open: true,
+	}
+	// Type 8 or 128, code 0; checksum and identifier are the kernel's.
+	msg := make([]byte, 8, 8+len(q.Payload))
+	msg[0] = 128
+	if s.is4 {
+		msg[0] = 8
+	}
+	binary.BigEndian.PutUint16(msg[6:], s.seq)
+	msg = append(msg, q.Payload...)
+	var err error
+	ctlErr := s.raw.Control(func(fd uintptr) {
+		if err = s.setTTLLocked(int(fd), int(q.TTL)); err == nil {
+			err = unix.Sendto(int(fd), msg, unix.MSG_DONTWAIT, toSockaddr(netip.AddrPortFrom(to, 0)))
+		}
+	})
+	return errors.Join(ctlErr, err)
+}
+
+// setTTLLocked sets the hop limit of what is sent next. It could travel with the
+// request, but IPv6 ping sockets take it so only since Linux 5.19.
+func (s *pingSocket) setTTLLocked(fd, ttl int) error {
+	if ttl == s.ttl || ttl == 0 {
+		return nil
+	}
+	s.ttl = ttl
+	if s.is4 {
+		return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.IPPROTO_IP, unix.IP_TTL, ttl))
+	}
+	return os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_UNICAST_HOPS, ttl))
+}
+
+// receiveLoop takes replies and errors until the socket is closed.
+func (s *pingSocket) receiveLoop() {
+	defer s.p.wg.Done()
+	buf, oob := make([]byte, pingBuffer), make([]byte, 512)
+	for {
+		var n, oobn, flags int
+		var from unix.Sockaddr
+		var err error
+		rawErr := s.raw.Read(func(fd uintptr) bool {
+			// An error in the queue makes the socket readable, too, and
+			// the next call fail with it unless it is taken first.
+			n, oobn, flags, from, err = unix.Recvmsg(int(fd), buf, oob, unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+			if err != nil {
+				n, oobn, flags, from, err = unix.Recvmsg(int(fd), buf, oob, unix.MSG_DONTWAIT)
+			}
+			return !errors.Is(err, unix.EAGAIN)
+		})
+		switch {
+		case rawErr != nil:
+			return // closed
+		case err != nil:
+			// The error of an earlier send: it is in the queue as well.
+		case flags&unix.MSG_ERRQUEUE != 0:
+			s.receiveError(buf[:n], oob[:oobn])
+		default:
+			s.receiveReply(buf[:n], oob[:oobn], from)
+		}
+	}
+}
+
+// receiveReply passes on a reply. msg is the ICMP message.
+func (s *pingSocket) receiveReply(msg, oob []byte, from unix.Sockaddr) {
+	if len(msg) < 8 || msg[0] != 0 && msg[0] != 129 {
+		return
+	}
+	sent, ok := s.take(binary.BigEndian.Uint16(msg[6:]))
+	if !ok || sent.to != fromSockaddr(from) {
+		return
+	}
+	s.p.answer(&stack.Echo{
+		Src: sent.dst, Dst: sent.src, ID: sent.id, Seq: sent.seq, TTL: hopLimit(oob), Payload: msg[8:],
+	})
+}
+
+// receiveError passes on what IP_RECVERR says about a request, of which msg is
+// the beginning (ip(7)).
+func (s *pingSocket) receiveError(msg, oob []byte) {
+	e, ok := parseRecvErr(oob)
+	if !ok || len(msg) < 8 {
+		return
+	}
+	sent, ok := s.take(binary.BigEndian.Uint16(msg[6:]))
+	if !ok {
+		return
+	}
+	if e.From == sent.to {
+		e.From = netip.Addr{} // as the container knows it: the destination
+	}
+	s.p.fail(&stack.Echo{
+		Src: sent.src, Dst: sent.dst, ID: sent.id, Seq: sent.seq, TTL: sent.ttl, Payload: msg[8:],
+	}, e)
+}
+
+// take finds the request with our sequence number. It stays, since the network
+// may duplicate answers, as ping(8) would like to show.
+func (s *pingSocket) take(seq uint16) (pingSent, bool) {
+	s.p.mu.Lock()
+	defer s.p.mu.Unlock()
+	sent := s.sent[seq%pingsInFlight]
+	return sent, sent.open && sent.ourSeq == seq
+}
+
+// hopLimit returns the TTL or hop limit in a message's control data, 64 if there
+// is none.
+func hopLimit(oob []byte) uint8 {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return 64
+	}
+	for _, m := range msgs {
+		v4 := m.Header.Level == unix.IPPROTO_IP && m.Header.Type == unix.IP_TTL
+		v6 := m.Header.Level == unix.IPPROTO_IPV6 && m.Header.Type == unix.IPV6_HOPLIMIT
+		if (v4 || v6) && len(m.Data) >= 4 {
+			return uint8(binary.NativeEndian.Uint32(m.Data))
+		}
+	}
+	return 64
+}
+
+// parseRecvErr returns the ICMP error in a message's control data: struct
+// sock_extended_err, and behind it the address of who sent it (ip(7), ipv6(7)).
+// Errors of the host itself have no such address, and become what a router would
+// have said.
+func parseRecvErr(oob []byte) (stack.ICMPError, bool) {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return stack.ICMPError{}, false
+	}
+	for _, m := range msgs {
+		v4 := m.Header.Level == unix.IPPROTO_IP && m.Header.Type == unix.IP_RECVERR
+		v6 := m.Header.Level == unix.IPPROTO_IPV6 && m.Header.Type == unix.IPV6_RECVERR
+		if !v4 && !v6 || len(m.Data) < 16 {
+			continue
+		}
+		e := stack.ICMPError{Type: m.Data[5], Code: m.Data[6], Info: binary.NativeEndian.Uint32(m.Data[8:])}
+		switch origin := m.Data[4]; {
+		case origin == unix.SO_EE_ORIGIN_ICMP || origin == unix.SO_EE_ORIGIN_ICMP6:
+			e.From = rawAddr(m.Data[16:])
+		case binary.NativeEndian.Uint32(m.Data) == uint32(unix.EMSGSIZE):
+			e.Type, e.Code = 2, 0 // packet too big
+			if v4 {
+				e.Type, e.Code = 3, 4 // fragmentation needed
+			}
+		default:
+			e = unreachable(v4)
+		}
+		return e, true
+	}
+	return stack.ICMPError{}, false
+}
+
+// rawAddr returns the address in a struct sockaddr_in or sockaddr_in6.
+func rawAddr(b []byte) netip.Addr {
+	if len(b) < 8 {
+		return netip.Addr{}
+	}
+	switch family := binary.NativeEndian.Uint16(b); {
+	case family == unix.AF_INET:
+		return netip.AddrFrom4([4]byte(b[4:8]))
+	case family == unix.AF_INET6 && len(b) >= 24:
+		return netip.AddrFrom16([16]byte(b[8:24])).Unmap()
+	}
+	return netip.Addr{}
+}
+
+// fromSockaddr returns the address in sa, without zone.
+func fromSockaddr(sa unix.Sockaddr) netip.Addr {
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrFrom4(sa.Addr)
+	case *unix.SockaddrInet6:
+		return netip.AddrFrom16(sa.Addr).Unmap()
+	}
+	return netip.Addr{}
+}
+
+// toSockaddr returns addr for the kernel. A zone is not looked up.
+func toSockaddr(addr netip.AddrPort) unix.Sockaddr {
+	if addr.Addr().Is4() {
+		return &unix.SockaddrInet4{Addr: addr.Addr().As4(), Port: int(addr.Port())}
+	}
+	return &unix.SockaddrInet6{Addr: addr.Addr().As16(), Port: int(addr.Port())}
+}
