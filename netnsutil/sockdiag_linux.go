@@ -26,7 +26,7 @@ type Listener struct {
 // made by [NS.SockDiag]; one goroutine may use it at a time.
 type SockDiag struct {
 	fd  int
-	seq uint32
+	req inetDiagReq
 	buf []byte
 }
 
@@ -109,15 +109,14 @@ const inetDiagV6Only = 11
 
 // dump appends the sockets of one protocol and family that are in states.
 func (d *SockDiag) dump(list []Listener, proto, family uint8, states uint32) ([]Listener, error) {
-	d.seq++
-	req := inetDiagReq{
+	d.req = inetDiagReq{
 		NlMsghdr: unix.NlMsghdr{
-			Len:  uint32(unsafe.Sizeof(inetDiagReq{})),
-			Type: unix.SOCK_DIAG_BY_FAMILY, Flags: unix.NLM_F_REQUEST | unix.NLM_F_DUMP, Seq: d.seq,
+			Len:  uint32(unsafe.Sizeof(d.req)),
+			Type: unix.SOCK_DIAG_BY_FAMILY, Flags: unix.NLM_F_REQUEST | unix.NLM_F_DUMP, Seq: d.req.Seq + 1,
 		},
 		family: family, protocol: proto, states: states,
 	}
-	if _, err := unix.Write(d.fd, unsafe.Slice((*byte)(unsafe.Pointer(&req)), req.Len)); err != nil {
+	if _, err := unix.Write(d.fd, unsafe.Slice((*byte)(unsafe.Pointer(&d.req)), d.req.Len)); err != nil {
 		return list, os.NewSyscallError("write", err)
 	}
 	for {
@@ -128,7 +127,7 @@ func (d *SockDiag) dump(list []Listener, proto, family uint8, states uint32) ([]
 			return list, os.NewSyscallError("read", err)
 		}
 		var done bool
-		if list, done, err = parseListeners(list, d.buf[:n], d.seq, proto == unix.IPPROTO_UDP); done || err != nil {
+		if list, done, err = parseListeners(list, d.buf[:n], d.req.Seq, proto == unix.IPPROTO_UDP); done || err != nil {
 			return list, err
 		}
 	}
