@@ -121,7 +121,7 @@ func (d *SockDiag) dump(list []Listener, proto, family uint8, states uint32) ([]
 	}
 	for {
 		n, err := unix.Read(d.fd, d.buf)
-		if err == unix.EINTR {
+		if errors.Is(err, unix.EINTR) {
 			continue
 		} else if err != nil {
 			return list, os.NewSyscallError("read", err)

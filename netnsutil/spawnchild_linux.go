@@ -95,7 +95,7 @@ func (p *forkPlan) fork() (pid uintptr, errno syscall.Errno) {
 func (p *forkPlan) child() {
 	// The parent's end must have no second holder, or the end of file that
 	// says that the parent has died would never come.
-	syscall.RawSyscall(unix.SYS_CLOSE, uintptr(p.sock), 0, 0)
+	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(p.sock), 0, 0)
 
 	if p.userNS >= 0 {
 		p.must(stepJoinUser, unix.SYS_SETNS, uintptr(p.userNS), unix.CLONE_NEWUSER, 0, 0, 0)
@@ -127,7 +127,7 @@ func (p *forkPlan) child() {
 	}
 	// What the parent has inherited by mistake goes no further. The flag is
 	// Linux 5.11's; before, the rest of the world's programs leak as well.
-	syscall.RawSyscall(unix.SYS_CLOSE_RANGE, uintptr(len(p.files)), 1<<32-1, unix.CLOSE_RANGE_CLOEXEC)
+	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE_RANGE, uintptr(len(p.files)), 1<<32-1, unix.CLOSE_RANGE_CLOEXEC)
 	p.must(stepExec, unix.SYS_EXECVEAT, uintptr(p.exe), uintptr(unsafe.Pointer(&emptyPath)),
 		uintptr(unsafe.Pointer(&p.argv[0])), uintptr(unsafe.Pointer(&p.envv[0])), unix.AT_EMPTY_PATH)
 }
@@ -143,7 +143,7 @@ func (p *forkPlan) must(step uint32, trap, a1, a2, a3, a4, a5 uintptr) uintptr {
 	r, _, errno := syscall.RawSyscall6(trap, a1, a2, a3, a4, a5, 0)
 	if errno != 0 {
 		p.msg.step, p.msg.errno = step, uint32(errno)
-		syscall.RawSyscall(unix.SYS_WRITE, uintptr(p.childSock), uintptr(unsafe.Pointer(&p.msg)), unsafe.Sizeof(p.msg))
+		_, _, _ = syscall.RawSyscall(unix.SYS_WRITE, uintptr(p.childSock), uintptr(unsafe.Pointer(&p.msg)), unsafe.Sizeof(p.msg))
 		childExit()
 	}
 	return r
@@ -153,7 +153,7 @@ func (p *forkPlan) must(step uint32, trap, a1, a2, a3, a4, a5 uintptr) uintptr {
 //go:norace
 func childExit() {
 	for {
-		syscall.RawSyscall(unix.SYS_EXIT_GROUP, 253, 0, 0)
+		_, _, _ = syscall.RawSyscall(unix.SYS_EXIT_GROUP, 253, 0, 0)
 	}
 }
 
