@@ -1,4 +1,2 @@
-// Package main measures gofwd beside its peers.
+// Command bench measures gofwd beside its peers, in one run.
 package main
-
-func main() {}

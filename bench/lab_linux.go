@@ -1,0 +1,222 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/signal"
+	"slices"
+
+	"golang.org/x/sys/unix"
+)
+
+// order is what the program asks its lab for.
+type order struct {
+	Rows    []string `json:"rows"` // by name
+	Tools   []string `json:"tools"`
+	Rounds  int      `json:"rounds"`
+	Seconds float64  `json:"seconds"`
+}
+
+// report is one line of the lab's answer.
+type report struct {
+	Total  int       `json:"total,omitempty"` // samples to come
+	Tool   *ToolInfo `json:"tool,omitempty"`
+	Sample *Sample   `json:"sample,omitempty"`
+}
+
+// lab is the half of the program that measures. It runs as root of a user
+// namespace of its own, and is told what to do and tells what it found in JSON.
+type lab struct {
+	order    order
+	rows     []row
+	tools    []tool
+	infos    map[string]*ToolInfo
+	launcher *launcher
+	out      *json.Encoder
+	sites    int // made so far
+}
+
+// runLab is main in the user namespace.
+func runLab(args []string) error {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	l := &lab{infos: map[string]*ToolInfo{}, out: json.NewEncoder(os.Stdout)}
+	if err := json.Unmarshal([]byte(args[0]), &l.order); err != nil {
+		return fmt.Errorf("read order: %w", err)
+	}
+	for _, r := range plan() {
+		if slices.Contains(l.order.Rows, r.Name) {
+			l.rows = append(l.rows, r)
+		}
+	}
+	if err := furnish(); err != nil {
+		return fmt.Errorf("prepare the lab's own mounts: %w", err)
+	}
+	var err error
+	if l.launcher, err = newLauncher(); err != nil {
+		return err
+	}
+	if err := l.findTools(); err != nil {
+		return err
+	}
+	return l.run(ctx)
+}
+
+// furnish gives the lab an empty /run, and tells newuidmap(1) of the ids that
+// the lab's own user namespace has, which are those that RootlessKit may use.
+func furnish() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return os.NewSyscallError("mount", err)
+	}
+	if err := unix.Mount("run", "/run", "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=755"); err != nil {
+		return os.NewSyscallError("mount", err)
+	}
+	if err := os.Mkdir("/run/netns", 0o755); err != nil {
+		return err
+	}
+	if err := os.Setenv("XDG_RUNTIME_DIR", "/run"); err != nil {
+		return err
+	}
+	if err := os.WriteFile("/run/subid", []byte("root:1:65535\n"), 0o444); err != nil {
+		return err
+	}
+	for _, path := range []string{"/etc/subuid", "/etc/subgid"} {
+		if _, err := os.Stat(path); err != nil {
+			continue
+		}
+		if err := unix.Mount("/run/subid", path, "", unix.MS_BIND, ""); err != nil {
+			return os.NewSyscallError("mount", err)
+		}
+	}
+	return nil
+}
+
+// findTools keeps the tools that are there, and says of the others why not.
+func (l *lab) findTools() error {
+	asked, err := selectTools(l.order.Tools)
+	if err != nil {
+		return err
+	}
+	for _, t := range asked {
+		info := &ToolInfo{Name: t.name()}
+		l.infos[t.name()] = info
+		if info.Version, err = t.find(); err != nil {
+			info.Missing = err.Error()
+			l.out.Encode(report{Tool: info})
+			continue
+		}
+		l.tools = append(l.tools, t)
+	}
+	return nil
+}
+
+// run runs bed after bed. What stays up during a bed are the sites of all
+// tools, so that the samples of a row can be taken one soon after the other.
+func (l *lab) run(ctx context.Context) error {
+	total := 0
+	byBed := map[string][]row{}
+	var beds []string
+	for _, r := range l.rows {
+		if byBed[r.bed.name] == nil {
+			beds = append(beds, r.bed.name)
+		}
+		byBed[r.bed.name] = append(byBed[r.bed.name], r)
+		for _, t := range l.tools {
+			if r.takes(t) {
+				total += l.order.Rounds
+			}
+		}
+	}
+	if err := l.out.Encode(report{Total: total}); err != nil {
+		return err
+	}
+	for _, name := range beds {
+		if err := l.runBed(ctx, byBed[name]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// runBed runs round after round, in each row after row, in each tool after
+// tool. Every round begins with another tool, so that none is always the one
+// that comes after a certain other.
+func (l *lab) runBed(ctx context.Context, rows []row) error {
+	sites := map[string]*site{}
+	defer func() {
+		for _, s := range sites {
+			s.close()
+		}
+	}()
+	for round := range l.order.Rounds {
+		for i := range rows {
+			for j := range l.tools {
+				t := l.tools[(j+round)%len(l.tools)]
+				if !rows[i].takes(t) {
+					continue
+				}
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
+				sample := &Sample{Row: rows[i].Name, Tool: t.name(), Round: round}
+				var err error
+				if sample.Values, err = l.sample(ctx, &rows[i], t, sites); err != nil {
+					sample.Err = err.Error()
+				}
+				if err := l.out.Encode(report{Sample: sample}); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// sample takes one sample. A site in which something went wrong is not used
+// again.
+func (l *lab) sample(ctx context.Context, r *row, t tool, sites map[string]*site) (map[string]float64, error) {
+	s := sites[t.name()]
+	if s == nil || r.fresh {
+		var err error
+		if s, err = l.newSite(ctx, t, r.bed); err != nil {
+			return nil, err
+		}
+		if err := l.describe(s); err != nil {
+			s.close()
+			return nil, err
+		}
+		if r.fresh {
+			defer s.close()
+		} else {
+			sites[t.name()] = s
+		}
+	}
+	values, err := r.measure.take(ctx, s, l.order.Seconds)
+	if err != nil && !r.fresh {
+		delete(sites, t.name())
+		s.close()
+	}
+	return values, err
+}
+
+// describe reports a tool when it has been started for the first time: how, and
+// what the server in the container sees of a client.
+func (l *lab) describe(s *site) error {
+	info := l.infos[s.tool.name()]
+	if info.Source != nil {
+		return nil
+	}
+	for _, p := range s.helpers {
+		info.Argv = append(info.Argv, p.argv)
+	}
+	if s.container != s.host {
+		var err error
+		if _, info.MTU, err = s.container.tapBytes(); err != nil {
+			return err
+		}
+	}
+	info.Source = s.sources()
+	return l.out.Encode(report{Tool: info})
+}

@@ -1,0 +1,157 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"time"
+)
+
+// Result is one run: what it ran on, with which tools, and every single sample.
+// Everything that is shown is computed from it.
+type Result struct {
+	Machine Machine    `json:"machine"`
+	Tools   []ToolInfo `json:"tools"`
+	Rows    []Row      `json:"rows"`
+	Samples []Sample   `json:"samples"`
+}
+
+// Machine is what a reader needs to judge the numbers.
+type Machine struct {
+	Date   time.Time `json:"date"`
+	Kernel string    `json:"kernel"`
+	CPU    string    `json:"cpu"`
+	Cores  int       `json:"cores"`
+	// User is "root" or "an ordinary user": who started the run. The tools
+	// run in a user namespace in either case.
+	User string `json:"user"`
+	// Gofwd is the commit that was measured.
+	Gofwd string `json:"gofwd"`
+	// DefaultCC is the host's congestion control.
+	DefaultCC string `json:"default_cc"`
+	// Sysctls are those that decide about throughput, as found.
+	Sysctls map[string]string `json:"sysctls"`
+	// MaxFiles is the hard limit of open files that the tools got.
+	MaxFiles uint64  `json:"max_files"`
+	Rounds   int     `json:"rounds"`
+	Seconds  float64 `json:"seconds"`
+}
+
+// ToolInfo is a tool as it was found and started.
+type ToolInfo struct {
+	Name    string `json:"name"`
+	Version string `json:"version,omitempty"`
+	// Missing says why the tool took no part.
+	Missing string `json:"missing,omitempty"`
+	// Argv are the commands that were started, one for each process.
+	Argv [][]string `json:"argv,omitempty"`
+	// MTU is that of the container's interface, 0 where it has none.
+	MTU int `json:"mtu,omitempty"`
+	// Source is the client's address as the server in the container saw
+	// it, by [sourceKey]: "kept", or the address that it saw instead.
+	Source map[string]string `json:"source,omitempty"`
+}
+
+// kept is the entry of ToolInfo.Source for an address that came through.
+const kept = "kept"
+
+// sourceKey is the key of ToolInfo.Source, e.g. "tcp4 remote".
+func sourceKey(proto string, ip int, w way) string { return fmt.Sprintf("%s%d %s", proto, ip, w) }
+
+// Row is one question, which every tool answers once a round.
+type Row struct {
+	// Name is that of a Go benchmark, without the tool:
+	// TCP/way=remote/load=upload/ip=4/streams=1/cc=reno.
+	Name string `json:"name"`
+	// Group is the table in which the row is shown.
+	Group string `json:"group"`
+	Title string `json:"title"`
+	// Units are those that are shown; tools are judged by the first.
+	Units []string `json:"units"`
+	// Source is the [sourceKey] of the row, "" where there is no client.
+	Source string `json:"source,omitempty"`
+	// Command is the load that was run.
+	Command string `json:"command,omitempty"`
+}
+
+// Sample is what one tool answered in one round.
+type Sample struct {
+	Row    string             `json:"row"`
+	Tool   string             `json:"tool"`
+	Round  int                `json:"round"`
+	Values map[string]float64 `json:"values,omitempty"` // by unit
+	Err    string             `json:"error,omitempty"`
+}
+
+// lowerIsBetter tells the units in which less is better from the others.
+func lowerIsBetter(unit string) bool {
+	switch unit {
+	case unitP50, unitP99, unitP999, unitHelperPerGB, unitHelperPerOp, unitHelperCPU,
+		unitRSS, unitStart, unitAdd, unitFailed, unitLoss, unitTapShare:
+		return true
+	}
+	return false
+}
+
+// The units. Those that start with "helper" are the processor time of the
+// tool's own processes.
+const (
+	unitGbps        = "Gb/s"
+	unitPPS         = "pkt/s"       // at less than 1 % loss
+	unitBlastPPS    = "blast-pkt/s" // delivered while the sender sends what it can
+	unitRate        = "trans/s"     // request and response on an open connection
+	unitConns       = "conn/s"      // connect, request, response, close
+	unitReqs        = "req/s"
+	unitP50         = "p50-µs"
+	unitP99         = "p99-µs"
+	unitP999        = "p99.9-µs"
+	unitHelperPerGB = "helper-s/GB"
+	unitHelperPerOp = "helper-µs/op"
+	unitHelperCPU   = "helper-%"  // of one core
+	unitTapShare    = "tap-%"     // bytes on the container's interface, of the payload
+	unitRSS         = "MB-RSS"    // resident memory of the tool's processes
+	unitHeld        = "conn-held" // idle connections that were held open
+	unitStart       = "ms-start"  // from exec to the first byte answered
+	unitAdd         = "ms-add"    // from the command to the first byte answered
+	unitFailed      = "failed"
+	unitLoss        = "loss-%"
+)
+
+// loadResult reads a result as [Result.save] wrote it.
+func loadResult(path string) (*Result, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read result: %w", err)
+	}
+	r := new(Result)
+	if err := json.Unmarshal(data, r); err != nil {
+		return nil, fmt.Errorf("read result %s: %w", path, err)
+	}
+	return r, nil
+}
+
+// json returns the result as a file, one sample a line.
+func (r *Result) json() ([]byte, error) {
+	return json.MarshalIndent(r, "", " ")
+}
+
+// tool returns the description of a tool by name; it is nil for one that was
+// not asked for.
+func (r *Result) tool(name string) *ToolInfo {
+	for i := range r.Tools {
+		if r.Tools[i].Name == name {
+			return &r.Tools[i]
+		}
+	}
+	return nil
+}
+
+// row returns a row by name, or nil.
+func (r *Result) row(name string) *Row {
+	for i := range r.Rows {
+		if r.Rows[i].Name == name {
+			return &r.Rows[i]
+		}
+	}
+	return nil
+}

@@ -1,0 +1,182 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/net/ipv6"
+	"golang.org/x/sys/unix"
+)
+
+// What a client may ask of the load server, as the first byte of a TCP
+// connection or of a datagram.
+const (
+	askEcho   = 'e' // send everything back
+	askSource = 's' // tell the address that I come from
+	askSink   = 'd' // UDP: count the bytes of this run
+	askCount  = 'q' // UDP: how many bytes have been counted in this run?
+)
+
+// sinkHeader is the length of what a datagram to the sink begins with: the ask,
+// and the number of the run.
+const sinkHeader = 1 + 8
+
+// serve is the load server. It listens on the given ports of every address,
+// each written as tcp/5202, udp/5202, or gro/5204 for UDP with UDP_GRO, and
+// says "ready".
+func serve(args []string) error {
+	raiseFileLimit()
+	errc := make(chan error)
+	for _, arg := range args {
+		kind, port, _ := strings.Cut(arg, "/")
+		number, err := strconv.ParseUint(port, 10, 16)
+		if err != nil {
+			return fmt.Errorf("parse port %q: %w", arg, err)
+		}
+		if kind == "tcp" {
+			l, err := net.ListenTCP("tcp", &net.TCPAddr{Port: int(number)})
+			if err != nil {
+				return err
+			}
+			go serveTCP(l, errc)
+			continue
+		}
+		conn, err := net.ListenUDP("udp", &net.UDPAddr{Port: int(number)})
+		if err != nil {
+			return err
+		}
+		if err := tuneUDP(conn, kind == "gro"); err != nil {
+			return err
+		}
+		go serveUDP(conn, errc)
+	}
+	fmt.Println("ready")
+	return <-errc
+}
+
+func serveTCP(l *net.TCPListener, errc chan<- error) {
+	for {
+		conn, err := l.AcceptTCP()
+		if errors.Is(err, unix.ECONNABORTED) || errors.Is(err, unix.EMFILE) {
+			continue
+		}
+		if err != nil {
+			errc <- err
+			return
+		}
+		go answerTCP(conn)
+	}
+}
+
+func answerTCP(conn *net.TCPConn) {
+	defer conn.Close()
+	buf := make([]byte, 1024)
+	for {
+		n, err := conn.Read(buf)
+		if err != nil {
+			return
+		}
+		if buf[0] == askSource {
+			io.WriteString(conn, conn.RemoteAddr().String())
+			return
+		}
+		if _, err := conn.Write(buf[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// udpBatch is how many datagrams go through one recvmmsg(2) or sendmmsg(2).
+const udpBatch = 32
+
+// tuneUDP asks for as large a receive buffer as net.core.rmem_max allows, and
+// for datagrams in bundles where the sender sent them so.
+func tuneUDP(conn *net.UDPConn, gro bool) error {
+	if err := conn.SetReadBuffer(4 << 20); err != nil {
+		return err
+	}
+	if !gro {
+		return nil
+	}
+	return control(conn, func(fd int) error {
+		return os.NewSyscallError("setsockopt UDP_GRO", unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1))
+	})
+}
+
+// control runs fn on the socket of conn.
+func control(conn *net.UDPConn, fn func(fd int) error) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var inner error
+	if err := raw.Control(func(fd uintptr) { inner = fn(int(fd)) }); err != nil {
+		return err
+	}
+	return inner
+}
+
+func serveUDP(conn *net.UDPConn, errc chan<- error) {
+	pc := ipv6.NewPacketConn(conn)
+	msgs := make([]ipv6.Message, udpBatch)
+	for i := range msgs {
+		msgs[i].Buffers = [][]byte{make([]byte, 1<<16)}
+	}
+	counts := map[uint64]uint64{}
+	for {
+		n, err := pc.ReadBatch(msgs, 0)
+		if errors.Is(err, unix.ECONNREFUSED) {
+			continue // an answer of ours met a client that has gone
+		}
+		if err != nil {
+			errc <- err
+			return
+		}
+		for i := range msgs[:n] {
+			answerUDP(conn, msgs[i].Buffers[0][:msgs[i].N], msgs[i].Addr, counts)
+		}
+	}
+}
+
+func answerUDP(conn *net.UDPConn, data []byte, from net.Addr, counts map[uint64]uint64) {
+	if len(data) == 0 {
+		return
+	}
+	var run uint64
+	if len(data) >= sinkHeader {
+		run = binary.BigEndian.Uint64(data[1:])
+	}
+	// A reply that cannot be sent is one that was lost.
+	switch data[0] {
+	case askSink:
+		counts[run] += uint64(len(data))
+	case askCount:
+		conn.WriteTo(binary.BigEndian.AppendUint64(data[:sinkHeader:sinkHeader], counts[run]), from)
+	case askSource:
+		conn.WriteTo([]byte(from.String()), from)
+	default:
+		conn.WriteTo(data, from)
+	}
+}
+
+// raiseFileLimit takes as many open files as the hard limit allows.
+func raiseFileLimit() {
+	var lim unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &lim) == nil {
+		lim.Cur = lim.Max
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &lim)
+	}
+}
+
+// unmapped returns an address as people write it, without ::ffff: or a zone.
+func unmapped(text string) (netip.AddrPort, error) {
+	ap, err := netip.ParseAddrPort(text)
+	return netip.AddrPortFrom(ap.Addr().Unmap().WithZone(""), ap.Port()), err
+}

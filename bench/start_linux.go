@@ -1,0 +1,210 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/schollz/progressbar/v3"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/gofwd/gofwd/netnsutil"
+)
+
+// measure builds what is measured, starts the lab in a user namespace, and
+// collects what it reports.
+func measure(o *options) (*Result, error) {
+	tmp, err := os.MkdirTemp("", "bench-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(tmp)
+	if err := build(tmp); err != nil {
+		return nil, err
+	}
+	result := &Result{Machine: machine(o)}
+	lab := order{Tools: o.toolNames(), Rounds: o.rounds, Seconds: o.seconds}
+	for _, r := range o.rows() {
+		result.Rows = append(result.Rows, r.Row)
+		lab.Rows = append(lab.Rows, r.Name)
+	}
+	proc, out, err := startLab(lab)
+	if err != nil {
+		return nil, err
+	}
+	defer out.Close()
+	collectErr := collect(o, out, result)
+	state, err := proc.Wait()
+	if err != nil {
+		return nil, err
+	}
+	if !state.Success() {
+		return nil, fmt.Errorf("the measuring process ended: %s", state)
+	}
+	return result, collectErr
+}
+
+// build compiles gofwd and fdbased into dir, unless the environment names
+// other ones.
+func build(dir string) error {
+	for env, pkg := range map[string]string{"GOFWD": "./cmd/gofwd", "FDBASED": "./bench/fdbased"} {
+		if os.Getenv(env) != "" {
+			continue
+		}
+		path := filepath.Join(dir, filepath.Base(pkg))
+		cmd := exec.Command("go", "build", "-trimpath", "-o", path, pkg)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("build %s (run this from the root of the source, or set %s=): %w\n%s", pkg, env, err, out)
+		}
+		os.Setenv(env, path)
+	}
+	return nil
+}
+
+// startLab starts this program once more as root of a user namespace, with
+// subordinate ids where there are any: RootlessKit wants them.
+func startLab(o order) (*os.Process, *os.File, error) {
+	liftFileLimit()
+	text, err := json.Marshal(o)
+	if err != nil {
+		return nil, nil, err
+	}
+	read, write, err := os.Pipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer write.Close()
+	runtime.LockOSThread() // the lab ends with this thread
+	cfg := netnsutil.SpawnConfig{
+		MapAuto:   true,
+		NewNS:     unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWIPC,
+		Args:      []string{os.Args[0], "lab", string(text)},
+		Files:     []*os.File{nil, write, os.Stderr},
+		Pdeathsig: unix.SIGTERM,
+	}
+	proc, err := netnsutil.Spawn(cfg)
+	if err != nil {
+		cfg.MapAuto = false
+		var again error
+		if proc, again = netnsutil.Spawn(cfg); again != nil {
+			read.Close()
+			return nil, nil, errors.Join(err, again)
+		}
+		fmt.Fprintf(os.Stderr, "bench: no subordinate ids, so RootlessKit will be missing: %v\n", err)
+	}
+	return proc, read, nil
+}
+
+// liftFileLimit lets root's run have the open files that 10,000 connections
+// need; an ordinary user has what he has, and the result says how many.
+func liftFileLimit() {
+	const want = 1 << 17
+	var lim unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &lim) == nil && lim.Max < want {
+		lim.Max = want
+		unix.Setrlimit(unix.RLIMIT_NOFILE, &lim)
+	}
+	raiseFileLimit()
+}
+
+// collect reads the lab's reports to their end, and shows how far it is.
+func collect(o *options, from io.Reader, result *Result) error {
+	in := json.NewDecoder(from)
+	bar := progressbar.NewOptions(1,
+		progressbar.OptionSetWriter(os.Stderr), progressbar.OptionSetVisibility(term.IsTerminal(int(os.Stderr.Fd()))),
+		progressbar.OptionShowCount(), progressbar.OptionSetPredictTime(true), progressbar.OptionClearOnFinish())
+	defer bar.Finish()
+	for {
+		var r report
+		switch err := in.Decode(&r); {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil:
+			return fmt.Errorf("read reports: %w", err)
+		}
+		switch {
+		case r.Total > 0:
+			bar.ChangeMax(r.Total)
+		case r.Tool != nil:
+			result.add(*r.Tool)
+			if r.Tool.Missing != "" {
+				fmt.Fprintf(os.Stderr, "bench: leaving out %s: %s\n", r.Tool.Name, r.Tool.Missing)
+				if o.all {
+					return fmt.Errorf("%s is missing: %s", r.Tool.Name, r.Tool.Missing)
+				}
+			}
+		case r.Sample != nil:
+			result.Samples = append(result.Samples, *r.Sample)
+			bar.Describe(fmt.Sprintf("round %d  %s  %s", r.Sample.Round+1, r.Sample.Row, r.Sample.Tool))
+			bar.Add(1)
+		}
+	}
+}
+
+// add puts a tool into the list, in the order of the columns.
+func (r *Result) add(info ToolInfo) {
+	if have := r.tool(info.Name); have != nil {
+		*have = info
+		return
+	}
+	r.Tools = append(r.Tools, info)
+	order := func(name string) int {
+		return slices.IndexFunc(allTools(), func(t tool) bool { return t.name() == name })
+	}
+	slices.SortFunc(r.Tools, func(a, b ToolInfo) int { return order(a.Name) - order(b.Name) })
+}
+
+// machine describes where the program runs.
+func machine(o *options) Machine {
+	liftFileLimit()
+	m := Machine{
+		Date: time.Now().UTC().Truncate(time.Second), Cores: runtime.NumCPU(),
+		User: "an ordinary user", Sysctls: map[string]string{},
+		Rounds: o.rounds, Seconds: o.seconds,
+	}
+	if os.Getuid() == 0 {
+		m.User = "root"
+	}
+	// The part after the first dash is the distribution's.
+	m.Kernel, _, _ = strings.Cut(readLine("/proc/sys/kernel/osrelease"), "-")
+	m.DefaultCC = readLine("/proc/sys/net/ipv4/tcp_congestion_control")
+	for _, name := range []string{
+		"net/core/rmem_max", "net/core/wmem_max", "net/ipv4/tcp_rmem", "net/ipv4/tcp_wmem",
+		"fs/pipe-user-pages-soft", "fs/pipe-max-size",
+	} {
+		m.Sysctls[name] = strings.Join(strings.Fields(readLine("/proc/sys/"+name)), " ")
+	}
+	info, _ := os.ReadFile("/proc/cpuinfo")
+	for line := range strings.Lines(string(info)) {
+		if key, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(key) == "model name" {
+			m.CPU = strings.TrimSpace(value)
+			break
+		}
+	}
+	commit, err := exec.Command("git", "describe", "--always", "--dirty").Output()
+	if err == nil {
+		m.Gofwd = strings.TrimSpace(string(commit))
+	}
+	var lim unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &lim) == nil {
+		m.MaxFiles = lim.Max
+	}
+	return m
+}
+
+// readLine returns the first line of a file of /proc, "" where it is not there.
+func readLine(path string) string {
+	data, _ := os.ReadFile(path)
+	line, _, _ := strings.Cut(string(data), "\n")
+	return line
+}
