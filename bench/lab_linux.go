@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -174,9 +175,15 @@ func (l *lab) runBed(ctx context.Context, rows []row) error {
 	return nil
 }
 
+// sampleLimit is how long a sample may take beyond the load itself: a tool that
+// is stuck must not stop the run.
+const sampleLimit = time.Minute
+
 // sample takes one sample. A site in which something went wrong is not used
 // again.
 func (l *lab) sample(ctx context.Context, r *row, t tool, sites map[string]*site) (map[string]float64, error) {
+	ctx, cancel := context.WithTimeout(ctx, sampleLimit+time.Duration(l.order.Seconds*float64(time.Second)))
+	defer cancel()
 	s := sites[t.name()]
 	if s == nil || r.fresh {
 		var err error

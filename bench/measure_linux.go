@@ -291,7 +291,7 @@ func (s *site) startWeb(ctx context.Context) error {
 	s.http = true
 	to := netip.AddrPortFrom(loopbacks[0], portHTTP)
 	for ctx.Err() == nil {
-		if _, err := s.container.dial("tcp4", to, '\n', time.Second); err == nil {
+		if _, err := s.container.ask("tcp4", to, "GET / HTTP/1.0\r\n\r\n"); err == nil {
 			return nil
 		}
 		if err := p.ended(); err != nil {

@@ -158,8 +158,10 @@ func (p *process) readUntil(ctx context.Context, want string) ([]byte, error) {
 	for !bytes.Contains(got, []byte(want)) {
 		n, err := p.stdout.Read(buf)
 		got = append(got, buf[:n]...)
+		if err != nil && ctx.Err() != nil {
+			return got, fmt.Errorf("%s is not ready in time", p.argv[0])
+		}
 		if err != nil {
-			p.cmd.Wait()
 			return got, fmt.Errorf("%s ended before it was ready: %s", p.argv[0], p.stderr.lastLine(got))
 		}
 	}
@@ -182,7 +184,7 @@ func (p *process) ended() error {
 	if err == nil && info.Signo == 0 {
 		return nil
 	}
-	return fmt.Errorf("%s ended: %s", p.argv[0], p.stderr.lastLine(nil))
+	return fmt.Errorf("%s has ended: %s", p.argv[0], p.stderr.lastLine(nil))
 }
 
 // tail keeps the end of what a program wrote.
@@ -208,6 +210,9 @@ func (t *tail) lastLine(alt []byte) string {
 	text := strings.TrimSpace(string(t.buf))
 	if text == "" {
 		text = strings.TrimSpace(string(alt))
+	}
+	if text == "" {
+		return "it said nothing"
 	}
 	return text[strings.LastIndexByte(text, '\n')+1:]
 }

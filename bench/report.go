@@ -133,7 +133,6 @@ func (r *Result) groupTable(group string) *table {
 	rows := r.rowsOf(group)
 	tools := r.columnsOf(rows)
 	t := &table{head: append([]string{groupTitles[group], "unit"}, tools...)}
-	failures := map[string]bool{}
 	hides := false
 	for _, row := range rows {
 		title := row.Title
@@ -150,20 +149,36 @@ func (r *Result) groupTable(group string) *table {
 			}
 			t.add(cells...)
 		}
-		for _, s := range r.Samples {
-			if s.Row == row.Name && s.Err != "" {
-				failures[fmt.Sprintf("%s, %s: %s", s.Tool, row.Title, s.Err)] = true
-			}
-		}
 	}
 	if hides {
 		t.notes = append(t.notes, "† the server does not see the client's address")
 	}
-	for f := range failures {
-		t.notes = append(t.notes, "Failed: "+f)
-	}
-	slices.Sort(t.notes)
+	t.notes = append(t.notes, r.failures(rows)...)
 	return t
+}
+
+// failures says which samples of some rows could not be taken, each reason once.
+func (r *Result) failures(rows []Row) []string {
+	type failure struct{ tool, err string }
+	titles := map[failure][]string{}
+	for _, row := range rows {
+		for _, s := range r.Samples {
+			if s.Row == row.Name && s.Err != "" {
+				f := failure{s.Tool, s.Err}
+				titles[f] = append(titles[f], row.Title)
+			}
+		}
+	}
+	var notes []string
+	for f, in := range titles {
+		note := fmt.Sprintf("Failed: %s, %s: %s", f.tool, in[0], f.err)
+		if more := len(in) - 1; more > 0 {
+			note += fmt.Sprintf(" (and %s more)", plural(more, "sample"))
+		}
+		notes = append(notes, note)
+	}
+	slices.Sort(notes)
+	return notes
 }
 
 // hides says whether the server behind a tool sees another address than the

@@ -181,7 +181,7 @@ func (s *site) awaitAnswer(ctx context.Context, port int) error {
 	to := netip.AddrPortFrom(hostAddr[0].Addr(), uint16(port))
 	deadline := time.Now().Add(5 * time.Second)
 	for {
-		got, err := s.client.dial("tcp4", to, askEcho, time.Second)
+		got, err := s.client.ask("tcp4", to, string(askEcho))
 		switch {
 		case err == nil && got == string(askEcho):
 			return nil
@@ -256,7 +256,7 @@ func (s *site) sources() map[string]string {
 				}
 				key := sourceKey(proto, ip, w)
 				seen[key] = "no answer"
-				got, err := e.from.dial(proto, netip.AddrPortFrom(e.to, portLoad), askSource, time.Second)
+				got, err := e.from.ask(proto, netip.AddrPortFrom(e.to, portLoad), string(askSource))
 				if err != nil {
 					continue
 				}

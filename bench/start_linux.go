@@ -53,10 +53,12 @@ func measure(o *options) (*Result, error) {
 	return result, collectErr
 }
 
+const module = "github.com/gofwd/gofwd"
+
 // build compiles gofwd and fdbased into dir, unless the environment names
 // other ones.
 func build(dir string) error {
-	for env, pkg := range map[string]string{"GOFWD": "./cmd/gofwd", "FDBASED": "./bench/fdbased"} {
+	for env, pkg := range map[string]string{"GOFWD": module + "/cmd/gofwd", "FDBASED": module + "/bench/fdbased"} {
 		if os.Getenv(env) != "" {
 			continue
 		}
@@ -64,7 +66,7 @@ func build(dir string) error {
 		cmd := exec.Command("go", "build", "-trimpath", "-o", path, pkg)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("build %s (run this from the root of the source, or set %s=): %w\n%s", pkg, env, err, out)
+			return fmt.Errorf("build %s (run this from its source, or set %s=): %w\n%s", pkg, env, err, out)
 		}
 		os.Setenv(env, path)
 	}
@@ -191,7 +193,7 @@ func machine(o *options) Machine {
 			break
 		}
 	}
-	commit, err := exec.Command("git", "describe", "--always", "--dirty").Output()
+	commit, err := exec.Command("git", "-c", "safe.directory=*", "describe", "--always", "--dirty").Output()
 	if err == nil {
 		m.Gofwd = strings.TrimSpace(string(commit))
 	}

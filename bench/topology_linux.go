@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -81,7 +82,6 @@ func (n *namespace) setSysctls(more []sysctl) error {
 	all := append([]sysctl{
 		{"net/ipv4/ip_local_port_range", "10000 65535"},
 		{"net/ipv4/tcp_tw_reuse", "1"},
-		{"net/ipv4/ping_group_range", "0 65534"},
 	}, more...)
 	return n.do(func() error {
 		for _, s := range all {
@@ -127,13 +127,18 @@ func connect(client, host *namespace) error {
 		if err := netlink.LinkAdd(pair); err != nil {
 			return fmt.Errorf("make veth pair: %w", err)
 		}
-		return addAddrs("eth0", hostAddr[:])
+		return addAddrs("eth0", hostAddr[:], math.MaxUint32)
 	})
 	if err != nil {
 		return err
 	}
-	// The first address is the one that the client uses as its own.
-	err = client.do(func() error { return addAddrs("eth0", append(clientAddr[:], gatewayAddr[:]...)) })
+	err = client.do(func() error {
+		if err := addAddrs("eth0", clientAddr[:], math.MaxUint32); err != nil {
+			return err
+		}
+		// Deprecated: the client never takes it for its own connections.
+		return addAddrs("eth0", gatewayAddr[:], 0)
+	})
 	if err != nil {
 		return err
 	}
@@ -152,16 +157,19 @@ func connect(client, host *namespace) error {
 	})
 }
 
-// addAddrs brings an interface up with addresses that are usable at once.
-func addAddrs(name string, addrs []netip.Prefix) error {
+// addAddrs brings an interface up with addresses that are usable at once, and
+// preferred for so many seconds.
+func addAddrs(name string, addrs []netip.Prefix, preferred int) error {
 	link, err := netlink.LinkByName(name)
 	if err != nil {
 		return err
 	}
 	for _, a := range addrs {
 		addr := &netlink.Addr{
-			IPNet: &net.IPNet{IP: a.Addr().AsSlice(), Mask: net.CIDRMask(a.Bits(), a.Addr().BitLen())},
-			Flags: unix.IFA_F_NODAD,
+			IPNet:       &net.IPNet{IP: a.Addr().AsSlice(), Mask: net.CIDRMask(a.Bits(), a.Addr().BitLen())},
+			Flags:       unix.IFA_F_NODAD,
+			ValidLft:    math.MaxUint32,
+			PreferedLft: preferred,
 		}
 		if err := netlink.AddrAdd(link, addr); err != nil {
 			return fmt.Errorf("add address %s: %w", a, err)
@@ -178,9 +186,10 @@ func linkUp(name string) error {
 	return netlink.LinkSetUp(link)
 }
 
-// dial connects from the namespace and asks the load server at the other end
-// one thing, see [server.answer].
-func (n *namespace) dial(network string, addr netip.AddrPort, ask byte, timeout time.Duration) (string, error) {
+// ask connects from the namespace, sends a question, and returns the beginning
+// of the answer. The load server's questions are [askEcho] and [askSource].
+func (n *namespace) ask(network string, addr netip.AddrPort, question string) (string, error) {
+	const timeout = time.Second
 	var conn net.Conn
 	err := n.do(func() (err error) {
 		conn, err = net.DialTimeout(network, addr.String(), timeout)
@@ -191,7 +200,7 @@ func (n *namespace) dial(network string, addr netip.AddrPort, ask byte, timeout 
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(timeout))
-	if _, err := conn.Write([]byte{ask}); err != nil {
+	if _, err := conn.Write([]byte(question)); err != nil {
 		return "", err
 	}
 	buf := make([]byte, 128)
