@@ -41,3 +41,17 @@ fuzz: ## each fuzz test for FUZZTIME
 vuln: ## known vulnerabilities in what gofwd uses; asks a database on the Internet
 	$(govulncheck) ./...
 .PHONY: vuln
+
+# Results, and what the README shows of them. An ordinary user is as good as
+# root; see bench/doc.go for the peers that it measures beside gofwd.
+bench: ## gofwd beside its peers, everything: takes an hour
+	go run ./bench -out dist/bench
+.PHONY: bench
+
+bench-quick: ## a first impression, in under two minutes
+	go run ./bench -quick
+.PHONY: bench-quick
+
+bench-readme: ## everything, with every peer, into bench/results and the README
+	go run ./bench -all -out auto -readme README.md
+.PHONY: bench-readme
