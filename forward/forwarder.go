@@ -95,7 +95,7 @@ type Forwarder struct {
 	log     *slog.Logger
 	plan    *networkPlan
 	paths   *paths
-	rules   []*activeRule
+	rules   ruleSet
 	notes   []string
 	started time.Time
 
@@ -153,12 +153,12 @@ func (f *Forwarder) start(ctx context.Context) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("start forwarding: %w", err)
 	}
-	binder := &binder{ns: f.cfg.NetNS, noIPv4: f.cfg.Network.NoIPv4, noIPv6: f.cfg.Network.NoIPv6}
-	bindings, err := binder.bindAll(rules)
-	if err != nil {
-		return err
+	f.rules = ruleSet{
+		binder: binder{ns: f.cfg.NetNS, noIPv4: f.cfg.Network.NoIPv4, noIPv6: f.cfg.Network.NoIPv6},
+		paths:  f.paths, tcp: f.tcp, udp: f.udp, noTCP: f.cfg.NoTCP, log: f.log,
 	}
-	return f.listen(bindings)
+	_, err = f.rules.change(Change{Add: rules})
+	return err
 }
 
 // checkRules returns the rules that are to run, or says why they can't.
@@ -269,37 +269,6 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 	return err
 }
 
-// listen puts the bound sockets to work. It owns them, also if it fails.
-func (f *Forwarder) listen(bindings []binding) error {
-	for i, b := range bindings {
-		rule := &activeRule{id: i + 1, rule: b.rule}
-		rule.setPath(f.paths.describe(b.rule))
-		for _, l := range b.listeners {
-			rule.addBound(l.addr())
-		}
-		f.rules = append(f.rules, rule)
-		for _, failed := range b.failed {
-			f.log.Warn("a port is left out", "err", failed)
-			f.notes = append(f.notes, "a port is left out: "+failed.Error())
-		}
-	}
-	var err error
-	for i, b := range bindings {
-		for _, l := range b.listeners {
-			port := l.rule.TargetPorts.First
-			switch {
-			case err != nil:
-				l.Close()
-			case l.tcp != nil:
-				f.tcp.listen(l.tcp, f.rules[i], port)
-			default:
-				err = f.udp.listen(l.udp, f.rules[i], port)
-			}
-		}
-	}
-	return err
-}
-
 // run waits for the end, and makes it.
 func (f *Forwarder) run() {
 	if err := f.cfg.NetNS.WaitGone(f.ctx); f.ctx.Err() == nil {
@@ -364,6 +333,8 @@ type RuleStatus struct {
 	// not the best one; "" where it is.
 	Path   Datapath `json:"path"`
 	Reason string   `json:"reason,omitempty"`
+	// Problems are the ports that could not be bound, and why.
+	Problems []string `json:"problems,omitempty"`
 	Traffic
 }
 
@@ -377,7 +348,9 @@ type Status struct {
 	DNS     []netip.Addr   `json:"dns"`
 	Alias   []netip.Addr   `json:"host_alias"`
 	Started time.Time      `json:"started"`
-	Rules   []RuleStatus   `json:"forwards"`
+	// Generation counts the changes of the rules, from 1; see [Change].
+	Generation uint64       `json:"generation"`
+	Rules      []RuleStatus `json:"forwards"`
 	// Outbound is what the container began itself.
 	Outbound Traffic `json:"outbound"`
 	// Notes are sentences an operator should read: abilities that are
@@ -397,10 +370,11 @@ func (f *Forwarder) Status() Status {
 		Alias:    f.plan.addrs.alias,
 		Started:  f.started,
 		Outbound: f.tcp.outbound.traffic(),
-		Rules:    make([]RuleStatus, 0, len(f.rules)),
 		Notes:    slices.Clone(f.notes),
 	}
-	for _, r := range f.rules {
+	rules, generation := f.rules.list()
+	s.Generation, s.Rules = generation, make([]RuleStatus, 0, len(rules))
+	for _, r := range rules {
 		s.Rules = append(s.Rules, r.status())
 	}
 	if f.ping != nil {

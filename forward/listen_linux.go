@@ -18,13 +18,16 @@ import (
 type boundListener struct {
 	// rule is narrowed to the one port that the socket is bound to, the
 	// one that the kernel chose included.
-	rule Rule
+	rule    Rule
+	address netip.AddrPort // as of addr
 	// Exactly one is not nil, by the rule's protocol.
 	tcp *net.TCPListener
 	udp *net.UDPConn
 	// gro says that a read from udp may return several datagrams of one
 	// size, which a control message of type UDP_GRO then tells (udp(7)).
 	gro bool
+	// shared lets other sockets of ours have the same port (SO_REUSEPORT).
+	shared bool
 }
 
 // addr returns the address that the socket is bound to; [::] is that of a
@@ -59,6 +62,9 @@ type binding struct {
 type binder struct {
 	ns             *netnsutil.NS
 	noIPv4, noIPv6 bool // leave out a family
+	// makeRoom is asked when the port of r is in use, and reports whether it
+	// may be bound now by a socket with SO_REUSEPORT; nil is never.
+	makeRoom func(r Rule) bool
 }
 
 // bindAll binds all rules, or none: after an error nothing is left. The bindings
@@ -182,7 +188,10 @@ func (b *binder) tryPort(rules []Rule) (bound []*boundListener, _ *Error) {
 			if len(bound) > 0 {
 				at.Ports = bound[0].rule.Ports
 			}
-			l, err := b.listen(at, addr)
+			l, err := b.listen(at, addr, false)
+			if errors.Is(err, unix.EADDRINUSE) && b.makeRoom != nil && b.makeRoom(at) {
+				l, err = b.listen(at, addr, true)
+			}
 			switch {
 			case err == nil:
 				bound, found = append(bound, l), true
@@ -229,12 +238,12 @@ func (b *binder) addrs(r Rule) ([]netip.Addr, error) {
 }
 
 // listen makes one socket, in the rule's namespace.
-func (b *binder) listen(r Rule, addr netip.Addr) (l *boundListener, err error) {
+func (b *binder) listen(r Rule, addr netip.Addr, shared bool) (l *boundListener, err error) {
 	if r.Dir == In {
-		return listenHere(r, addr)
+		return listenHere(r, addr, shared)
 	}
 	err = b.ns.Do(func() error {
-		l, err = listenHere(r, addr)
+		l, err = listenHere(r, addr, shared)
 		return err
 	})
 	return l, err
@@ -242,8 +251,8 @@ func (b *binder) listen(r Rule, addr netip.Addr) (l *boundListener, err error) {
 
 // listenHere makes one socket, in the thread's namespace. For the zero Addr that
 // is a dual-stack one, or an IPv4 one where the kernel has no IPv6.
-func listenHere(r Rule, addr netip.Addr) (*boundListener, error) {
-	l := &boundListener{rule: r}
+func listenHere(r Rule, addr netip.Addr, shared bool) (*boundListener, error) {
+	l := &boundListener{rule: r, shared: shared}
 	// Not net.ListenConfig's own keepalive, which costs each accept(2) four
 	// system calls: accepted sockets inherit the listener's settings.
 	lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error {
@@ -270,7 +279,8 @@ func listenHere(r Rule, addr netip.Addr) (*boundListener, error) {
 	if err != nil {
 		return nil, plainErr(err)
 	}
-	bound := l.addr().Port()
+	l.address = l.addr()
+	bound := l.address.Port()
 	l.rule.Ports = PortRange{bound, bound}
 	return l, nil
 }
@@ -300,6 +310,11 @@ func (l *boundListener) prepare(fd int) error {
 	if dev := l.rule.device(); dev != "" {
 		if err := unix.BindToDevice(fd, dev); err != nil {
 			return fmt.Errorf("interface %q: %w", dev, err)
+		}
+	}
+	if l.shared {
+		if err := setOptions(fd, []option{{unix.SOL_SOCKET, unix.SO_REUSEPORT, 1}}); err != nil {
+			return err
 		}
 	}
 	if l.rule.Proto == TCP {
@@ -345,6 +360,17 @@ func prepareUDP(fd int) (gro bool, err error) {
 		return false, err
 	}
 	return unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil, nil
+}
+
+// setReusePort lets other sockets of ours be bound to the port of c, or no longer.
+func setReusePort(c syscall.Conn, on bool) {
+	value := 0
+	if on {
+		value = 1
+	}
+	if raw, err := c.SyscallConn(); err == nil {
+		_ = raw.Control(func(fd uintptr) { _ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, value) })
+	}
 }
 
 type option struct{ level, name, value int }

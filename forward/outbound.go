@@ -86,22 +86,22 @@ func (e *tcpEngine) dialOut(ctx context.Context, dst netip.AddrPort) (flowConn, 
 }
 
 // serveOut carries a connection from the namespace's loopback to the host's.
-func (e *tcpEngine) serveOut(l tcpListener, c *net.TCPConn) {
+func (e *tcpEngine) serveOut(to *tcpTarget, c *net.TCPConn) {
 	client := c.RemoteAddr().(*net.TCPAddr).AddrPort()
-	log := e.log.With("client", client, "forward", l.Addr(), "path", Kernel)
-	outer, err := e.dialLoopback(l.rule.rule.Target, client.Addr().Unmap().Is4(), l.port)
+	log := e.log.With("client", client, "forward", c.LocalAddr(), "path", Kernel)
+	outer, err := e.dialLoopback(to.rule.ctx, to.rule.rule.Target, client.Addr().Unmap().Is4(), to.port)
 	if err != nil {
 		abort(c)
 		log.Debug("connection refused", "err", err)
 		return
 	}
-	e.relay(&relay{outer: outer, inner: c, counters: &l.rule.flowCounters}, log)
+	e.relay(&relay{outer: outer, inner: c, rule: to.rule, counters: &to.rule.flowCounters}, log)
 }
 
 // dialLoopback dials target on the host; its loopback where target is zero, of
 // the client's family first.
-func (e *tcpEngine) dialLoopback(target netip.Addr, is4 bool, port uint16) (flowConn, error) {
-	ctx, cancel := context.WithTimeout(e.ctx, dialTimeout)
+func (e *tcpEngine) dialLoopback(ctx context.Context, target netip.Addr, is4 bool, port uint16) (flowConn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	if target.IsValid() {
 		return e.dialHost(ctx, netip.AddrPortFrom(target, port))

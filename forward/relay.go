@@ -24,6 +24,7 @@ import (
 // waits for a RST, which would otherwise be noticed only by the next write.
 type relay struct {
 	outer, inner flowConn
+	rule         *activeRule   // nil if no rule made it
 	counters     *flowCounters // of the rule, counted live
 	bufs         *bufferPool
 
@@ -39,6 +40,7 @@ const (
 	endOuter    = "reset by outside" // the host's side said RST, or died
 	endInner    = "reset by inside"  // the namespace's side did
 	endShutdown = "shutdown"         // the forwarder was closed
+	endRemoved  = "forward removed"  // the rule is gone, its time to drain too
 )
 
 // run relays until both directions have ended, and closes both ends.

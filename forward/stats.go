@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"context"
 	"net/netip"
 	"slices"
 	"sync"
@@ -10,13 +11,18 @@ import (
 // activeRule is a [Rule] that runs: what was bound for it, and what went through
 // it. Everything that carries flows of the rule counts here, while they run.
 type activeRule struct {
+	// Immutable.
 	id   int
 	rule Rule
+	ctx  context.Context // ends when its connections have to
+	stop context.CancelFunc
 
 	flowCounters
 
 	mu     sync.Mutex // guards the following fields
 	bound  []netip.AddrPort
+	failed []*Error         // ports that could not be bound
+	tcp    []*boundListener // not yet in use
 	path   Datapath
 	reason string // why path is not the best one
 }
@@ -45,11 +51,44 @@ func (r *activeRule) setPath(path Datapath, reason string) {
 	r.path, r.reason = path, reason
 }
 
-// addBound says that addr was bound for the rule.
-func (r *activeRule) addBound(addr netip.AddrPort) {
+// bind says what was bound for the rule. UDP sockets are in use already, and
+// closed for us.
+func (r *activeRule) bind(b binding) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.bound = append(r.bound, addr)
+	r.failed = b.failed
+	for _, l := range b.listeners {
+		r.bound = append(r.bound, l.address)
+		if l.tcp != nil {
+			r.tcp = append(r.tcp, l)
+		}
+	}
+}
+
+// takeTCP returns the TCP listeners that are not yet in use.
+func (r *activeRule) takeTCP() []*boundListener {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	tcp := r.tcp
+	r.tcp = nil
+	return tcp
+}
+
+// takeOver gives r what was bound for old.
+func (r *activeRule) takeOver(old *activeRule) {
+	old.mu.Lock()
+	bound, failed := old.bound, old.failed
+	old.mu.Unlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.bound, r.failed = bound, failed
+}
+
+// failures returns the errors of the ports that could not be bound.
+func (r *activeRule) failures() []*Error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.failed
 }
 
 // traffic returns a snapshot of the counters.
@@ -66,12 +105,17 @@ func (c *flowCounters) traffic() Traffic {
 func (r *activeRule) status() RuleStatus {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	var problems []string
+	for _, failed := range r.failed {
+		problems = append(problems, failed.Error())
+	}
 	return RuleStatus{
-		ID:      r.id,
-		Rule:    r.rule,
-		Bound:   slices.Clone(r.bound),
-		Path:    r.path,
-		Reason:  r.reason,
-		Traffic: r.traffic(),
+		ID:       r.id,
+		Rule:     r.rule,
+		Problems: problems,
+		Bound:    slices.Clone(r.bound),
+		Path:     r.path,
+		Reason:   r.reason,
+		Traffic:  r.traffic(),
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -32,38 +33,93 @@ type tcpEngine struct {
 
 	mu        sync.Mutex // guards the following fields
 	closed    bool
-	listeners []*net.TCPListener
+	listeners map[*tcpListener]struct{}
 	relays    map[*relay]struct{}
 }
 
 func newTCPEngine(p *paths, dns *nameservers, log *slog.Logger) *tcpEngine {
-	e := &tcpEngine{paths: p, dns: dns, dialHost: dialHostTCP, log: log, relays: make(map[*relay]struct{})}
+	e := &tcpEngine{
+		paths: p, dns: dns, dialHost: dialHostTCP, log: log,
+		listeners: make(map[*tcpListener]struct{}), relays: make(map[*relay]struct{}),
+	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	return e
 }
 
-// tcpListener is one port of a rule, and where it leads.
+// tcpListener is one port that is listened on, and where it leads.
 type tcpListener struct {
 	*net.TCPListener
+	to atomic.Pointer[tcpTarget]
+}
+
+// tcpTarget is one port of a rule.
+type tcpTarget struct {
 	rule *activeRule
 	port uint16 // on the target side
 }
 
-// listen accepts connections from ln, which the engine owns, until close.
+// listen accepts connections from ln, which the engine owns, until unlisten or
+// close.
 func (e *tcpEngine) listen(ln *net.TCPListener, rule *activeRule, port uint16) {
-	if !e.enter() {
+	l := &tcpListener{TCPListener: ln}
+	l.to.Store(&tcpTarget{rule, port})
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
 		ln.Close()
 		return
 	}
+	e.listeners[l] = struct{}{}
+	e.wg.Add(1)
+	go e.acceptLoop(l)
+}
+
+// listenersOf calls fn for each listener of rule.
+func (e *tcpEngine) listenersOf(rule *activeRule, fn func(*tcpListener)) {
 	e.mu.Lock()
-	e.listeners = append(e.listeners, ln)
+	defer e.mu.Unlock()
+	for l := range e.listeners {
+		if l.to.Load().rule == rule {
+			fn(l)
+		}
+	}
+}
+
+// retarget makes the listeners of one rule those of another that listens on the
+// same ports: clients notice nothing, not even those in the backlog.
+func (e *tcpEngine) retarget(from, to *activeRule) {
+	shift := to.rule.TargetPorts.First - from.rule.TargetPorts.First
+	e.listenersOf(from, func(l *tcpListener) {
+		l.to.Store(&tcpTarget{to, l.to.Load().port + shift})
+	})
+}
+
+// unlisten closes the listeners of rule; its connections go on.
+func (e *tcpEngine) unlisten(rule *activeRule) {
+	e.listenersOf(rule, func(l *tcpListener) {
+		delete(e.listeners, l)
+		l.Close()
+	})
+}
+
+// endRelays ends the connections of rule with RST.
+func (e *tcpEngine) endRelays(rule *activeRule) {
+	var relays []*relay
+	e.mu.Lock()
+	for r := range e.relays {
+		if r.rule == rule {
+			relays = append(relays, r)
+		}
+	}
 	e.mu.Unlock()
-	go e.acceptLoop(tcpListener{ln, rule, port})
+	for _, r := range relays {
+		r.abort(endRemoved)
+	}
 }
 
 // acceptLoop accepts until the listener is closed. No other error ends it: what
 // accept(2) reports is either about one connection or passes.
-func (e *tcpEngine) acceptLoop(l tcpListener) {
+func (e *tcpEngine) acceptLoop(l *tcpListener) {
 	defer e.wg.Done()
 	const minDelay, maxDelay = 5 * time.Millisecond, time.Second
 	delay := minDelay
@@ -73,7 +129,7 @@ func (e *tcpEngine) acceptLoop(l tcpListener) {
 		case err == nil:
 			delay = minDelay
 			if e.enter() {
-				go e.serve(l, c)
+				go e.serve(l.to.Load(), c)
 			} else {
 				abort(c)
 			}
@@ -95,24 +151,24 @@ func (e *tcpEngine) acceptLoop(l tcpListener) {
 }
 
 // serve carries one accepted connection, in the direction of its rule.
-func (e *tcpEngine) serve(l tcpListener, c *net.TCPConn) {
+func (e *tcpEngine) serve(to *tcpTarget, c *net.TCPConn) {
 	defer e.wg.Done()
-	l.rule.begin()
-	defer l.rule.end()
-	if l.rule.rule.Dir == Out {
-		e.serveOut(l, c)
+	to.rule.begin()
+	defer to.rule.end()
+	if to.rule.rule.Dir == Out {
+		e.serveOut(to, c)
 	} else {
-		e.serveIn(l, c)
+		e.serveIn(to, c)
 	}
 }
 
 // serveIn carries a connection from the host into the namespace.
-func (e *tcpEngine) serveIn(l tcpListener, c *net.TCPConn) {
+func (e *tcpEngine) serveIn(to *tcpTarget, c *net.TCPConn) {
 	client := c.RemoteAddr().(*net.TCPAddr).AddrPort()
-	ctx, cancel := context.WithTimeout(e.ctx, dialTimeout)
-	inner, r, err := dial(ctx, e.paths.routes(l.rule.rule, client, l.port))
+	ctx, cancel := context.WithTimeout(to.rule.ctx, dialTimeout)
+	inner, r, err := dial(ctx, e.paths.routes(to.rule.rule, client, to.port))
 	cancel()
-	log := e.log.With("client", client, "forward", l.Addr(), "path", r.path)
+	log := e.log.With("client", client, "forward", c.LocalAddr(), "path", r.path)
 	if err != nil {
 		// The handshake with the client is done: RST is the nearest to
 		// "refused" that there is.
@@ -120,14 +176,14 @@ func (e *tcpEngine) serveIn(l tcpListener, c *net.TCPConn) {
 		log.Debug("connection refused", "err", err)
 		return
 	}
-	e.relay(&relay{outer: c, inner: inner, counters: &l.rule.flowCounters}, log.With("source", r.src, "server", r.dst))
+	e.relay(&relay{outer: c, inner: inner, rule: to.rule, counters: &to.rule.flowCounters}, log.With("source", r.src, "server", r.dst))
 }
 
 // relay runs r to its end and writes the connection log.
 func (e *tcpEngine) relay(r *relay, log *slog.Logger) {
 	r.bufs = &e.bufs
 	e.mu.Lock()
-	if e.closed {
+	if e.closed || r.rule != nil && r.rule.ctx.Err() != nil {
 		e.mu.Unlock()
 		r.abort(endShutdown)
 		return
@@ -164,7 +220,7 @@ func (e *tcpEngine) close() {
 	e.listeners, e.relays = nil, nil
 	e.mu.Unlock()
 	e.cancel()
-	for _, l := range listeners {
+	for l := range listeners {
 		l.Close()
 	}
 	for r := range relays {

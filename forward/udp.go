@@ -227,6 +227,18 @@ func (e *udpEngine) unlisten(rule *activeRule) {
 	}
 }
 
+// setReusePort lets other sockets of ours be bound to the ports of rule, or no
+// longer.
+func (e *udpEngine) setReusePort(rule *activeRule, on bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, s := range e.sockets {
+		if s.rule == rule {
+			s.setReusePort(on)
+		}
+	}
+}
+
 // publishLocked lets the container's own datagrams leave by the listener s, if it
 // can reach any peer. What left by another socket until now starts anew.
 func (e *udpEngine) publishLocked(s *udpSocket) {

@@ -138,6 +138,15 @@ func (s *udpSocket) allowBroadcast() bool {
 	return unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_BROADCAST, 1) == nil
 }
 
+// setReusePort lets another socket of ours have the same port, or no longer.
+func (s *udpSocket) setReusePort(on bool) {
+	value := 0
+	if on {
+		value = 1
+	}
+	unix.SetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, value)
+}
+
 // bound returns the address of the socket, unmapped, and whether it takes IPv4 and
 // IPv6.
 func (s *udpSocket) bound() (addr netip.AddrPort, v4, v6 bool) {

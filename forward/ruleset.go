@@ -1,0 +1,372 @@
+package forward
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+)
+
+// Change is one change of the forwards of a running [Forwarder]: all of it is
+// made, or nothing.
+type Change struct {
+	// Add are rules to have from now on. One that is there already stays as
+	// it is, and counts as added.
+	Add []Rule
+	// Remove are the ids of those to end.
+	Remove []int
+	// Replace ends all that are not in Add.
+	Replace bool
+	// Generation, if not 0, is the one that the change was made for; if the
+	// rules have changed since, the error is [ErrGeneration].
+	Generation uint64
+	// Drain is how long the TCP connections of rules that end may go on;
+	// after it, or at once if it is 0, they are reset. UDP flows end with
+	// their rule.
+	Drain time.Duration
+}
+
+// Changed is what became of a [Change].
+type Changed struct {
+	// Generation counts the changes since the start, from 1.
+	Generation uint64 `json:"generation"`
+	// Rules are those of Change.Add, in their order.
+	Rules []RuleStatus `json:"forwards"`
+}
+
+var (
+	// ErrNoForward is about an id that no forward has, or has any more.
+	ErrNoForward = errors.New("no such forward")
+	// ErrGeneration is about a [Change] for a set of rules that has changed.
+	ErrGeneration = errors.New("the forwards have changed meanwhile")
+)
+
+// ConflictError is about a rule that overlaps one that runs, in the sense of
+// [Overlaps].
+type ConflictError struct {
+	Rule Rule
+	With RuleStatus
+}
+
+func (e *ConflictError) Error() string {
+	return fmt.Sprintf("port rule %q overlaps forward %d, %q", e.Rule, e.With.ID, e.With.Rule)
+}
+
+// Add is [Forwarder.Change] for one more rule.
+func (f *Forwarder) Add(r Rule) (RuleStatus, error) {
+	changed, err := f.Change(Change{Add: []Rule{r}})
+	if err != nil {
+		return RuleStatus{}, err
+	}
+	return changed.Rules[0], nil
+}
+
+// Remove is [Forwarder.Change] for one rule less.
+func (f *Forwarder) Remove(id int, drain time.Duration) error {
+	_, err := f.Change(Change{Remove: []int{id}, Drain: drain})
+	return err
+}
+
+// Change changes the rules, and returns when that is done: what was added takes
+// connections, and what was removed does not. After an error everything is as it
+// was; it is a [*ConflictError], an [*Error], one that wraps [ErrNoForward],
+// [ErrGeneration] or [net.ErrClosed], or says what is wrong with a rule.
+//
+// No listener is closed that the change does not name, and where a rule gives
+// way to one that listens on the same ports, only to lead elsewhere, not even
+// that one: its clients notice nothing.
+func (f *Forwarder) Change(c Change) (Changed, error) {
+	if f.ctx.Err() != nil {
+		return Changed{}, fmt.Errorf("change forwards: %w", net.ErrClosed)
+	}
+	return f.rules.change(c)
+}
+
+// ruleSet is the rules that run.
+type ruleSet struct {
+	// Immutable.
+	binder binder
+	paths  *paths
+	tcp    *tcpEngine
+	udp    *udpEngine // nil without UDP
+	noTCP  bool
+	log    *slog.Logger
+
+	// changing is held for the whole of a change, and locked before mu.
+	changing sync.Mutex
+
+	mu         sync.Mutex // guards the following fields
+	rules      []*activeRule
+	lastID     int // guarded by changing
+	generation uint64
+}
+
+// list returns the rules that run, which is a snapshot.
+func (s *ruleSet) list() ([]*activeRule, uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.rules, s.generation
+}
+
+// plan is what a change comes to.
+type plan struct {
+	named []*activeRule // those of Change.Add, in their order
+	stay  []*activeRule
+	leave []*activeRule
+	enter []*activeRule
+	// takeover are those of enter that get the sockets of one of leave.
+	takeover map[*activeRule]*activeRule
+}
+
+func (s *ruleSet) change(c Change) (Changed, error) {
+	s.changing.Lock()
+	defer s.changing.Unlock()
+	p, err := s.plan(c)
+	if err != nil {
+		return Changed{}, err
+	}
+	_, generation := s.list()
+	if len(p.enter) > 0 || len(p.leave) > 0 || generation == 0 {
+		if err := s.bind(p); err != nil {
+			for _, r := range p.enter {
+				r.stop()
+			}
+			return Changed{}, err
+		}
+		s.commit(p, c.Drain)
+	}
+	_, generation = s.list()
+	changed := Changed{Generation: generation, Rules: make([]RuleStatus, 0, len(p.named))}
+	for _, r := range p.named {
+		changed.Rules = append(changed.Rules, r.status())
+	}
+	return changed, nil
+}
+
+// plan finds out what c comes to, and whether it can.
+func (s *ruleSet) plan(c Change) (*plan, error) {
+	running, generation := s.list()
+	if c.Generation != 0 && c.Generation != generation {
+		return nil, fmt.Errorf("%w: they are at generation %d, not %d", ErrGeneration, generation, c.Generation)
+	}
+	if err := s.check(c.Add); err != nil {
+		return nil, err
+	}
+	for _, id := range c.Remove {
+		if !slices.ContainsFunc(running, func(r *activeRule) bool { return r.id == id }) {
+			return nil, fmt.Errorf("forward %d: %w", id, ErrNoForward)
+		}
+	}
+	p := &plan{takeover: make(map[*activeRule]*activeRule)}
+	have := make(map[Rule]*activeRule)
+	wanted := make(map[Rule]bool)
+	for _, rule := range c.Add {
+		wanted[rule] = true
+	}
+	for _, r := range running {
+		if slices.Contains(c.Remove, r.id) || c.Replace && !wanted[r.rule] {
+			p.leave = append(p.leave, r)
+		} else {
+			p.stay = append(p.stay, r)
+			have[r.rule] = r
+		}
+	}
+	for _, rule := range c.Add {
+		r := have[rule]
+		if r == nil {
+			if err := conflict(rule, p.stay); err != nil {
+				return nil, err
+			}
+			s.lastID++
+			r = newActiveRule(s.tcp.ctx, s.lastID, rule)
+			r.setPath(s.paths.describe(rule))
+			p.enter = append(p.enter, r)
+		}
+		p.named = append(p.named, r)
+	}
+	for _, r := range p.enter {
+		for _, old := range p.leave {
+			if r.rule.Proto == TCP && sameListeners(r.rule, old.rule) {
+				p.takeover[r] = old
+			}
+		}
+	}
+	return p, nil
+}
+
+// check says what is wrong with rules by themselves.
+func (s *ruleSet) check(rules []Rule) error {
+	if err := Validate(rules); err != nil {
+		return err
+	}
+	for _, r := range rules {
+		if r.Proto == TCP && s.noTCP || r.Proto == UDP && s.udp == nil {
+			return &Error{Op: "forward", Rule: r, Err: fmt.Errorf("%s is switched off", r.Proto)}
+		}
+	}
+	return nil
+}
+
+// conflict returns an error if r overlaps one of those that stay.
+func conflict(r Rule, stay []*activeRule) error {
+	for _, other := range stay {
+		if Overlaps(r, other.rule) {
+			return &ConflictError{Rule: r, With: other.status()}
+		}
+	}
+	return nil
+}
+
+// sameListeners reports whether a and b differ only in where they lead.
+func sameListeners(a, b Rule) bool {
+	a.Target, a.TargetPorts = netip.Addr{}, PortRange{}
+	b.Target, b.TargetPorts = netip.Addr{}, PortRange{}
+	return a == b && a.Ports != PortRange{} && !a.Auto
+}
+
+// bind makes the listeners of those that enter, and puts those of UDP to work,
+// which can fail. After an error nothing has changed.
+func (s *ruleSet) bind(p *plan) error {
+	var fresh []*activeRule
+	var rules []Rule
+	for _, r := range p.enter {
+		if p.takeover[r] == nil {
+			fresh = append(fresh, r)
+			rules = append(rules, r.rule)
+		}
+	}
+	b := s.binder
+	// A port may be in use by what the change removes, and that has to go on
+	// until all is bound.
+	b.makeRoom = func(r Rule) (made bool) {
+		for _, old := range p.leave {
+			if Overlaps(r, old.rule) {
+				s.setReusePort(old, true)
+				made = true
+			}
+		}
+		return made
+	}
+	bindings, err := b.bindAll(rules)
+	if err == nil {
+		err = s.listenUDP(fresh, bindings)
+	}
+	if err != nil {
+		for _, old := range p.leave {
+			s.setReusePort(old, false)
+		}
+		return err
+	}
+	for i, r := range fresh {
+		r.bind(bindings[i])
+	}
+	return nil
+}
+
+// listenUDP puts the UDP sockets to work. If one can't be, all sockets are closed.
+func (s *ruleSet) listenUDP(rules []*activeRule, bindings []binding) (err error) {
+	for i, b := range bindings {
+		for _, l := range b.listeners {
+			if l.udp != nil && err == nil {
+				err = s.udp.listen(l.udp, rules[i], l.rule.TargetPorts.First)
+			}
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	for i, b := range bindings {
+		closeAll(b.listeners)
+		if rules[i].rule.Proto == UDP {
+			s.udp.unlisten(rules[i])
+		}
+	}
+	return err
+}
+
+// commit makes a change that has all it needs true.
+func (s *ruleSet) commit(p *plan, drain time.Duration) {
+	for _, r := range p.enter {
+		if old := p.takeover[r]; old != nil {
+			r.takeOver(old)
+			s.tcp.retarget(old, r)
+			continue
+		}
+		for _, l := range r.takeTCP() {
+			s.tcp.listen(l.tcp, r, l.rule.TargetPorts.First)
+		}
+	}
+	s.mu.Lock()
+	s.rules = append(slices.Clone(p.stay), p.enter...)
+	s.generation++
+	s.mu.Unlock()
+	for _, r := range p.leave {
+		s.tcp.unlisten(r)
+		if s.udp != nil {
+			s.udp.unlisten(r)
+		}
+		s.log.Debug("forward removed", "id", r.id, "rule", r.rule)
+		s.drain(r, drain)
+	}
+	for _, r := range p.enter {
+		s.setReusePort(r, false)
+		s.log.Debug("forward added", "id", r.id, "rule", r.rule)
+		for _, failed := range r.failures() {
+			s.log.Warn("a port is left out", "err", failed)
+		}
+	}
+}
+
+// setReusePort lets another socket of ours be bound to the ports of r, or no
+// longer. The kernel looks at the option when the other one is bound, and doesn't
+// mind that this one was bound without it (inet_csk_bind_conflict,
+// udp_lib_lport_inuse).
+func (s *ruleSet) setReusePort(r *activeRule, on bool) {
+	s.tcp.listenersOf(r, func(l *tcpListener) { setReusePort(l, on) })
+	if s.udp != nil {
+		s.udp.setReusePort(r, on)
+	}
+}
+
+// drain gives the connections of a rule that is removed some time to end.
+func (s *ruleSet) drain(r *activeRule, after time.Duration) {
+	if after <= 0 || r.active.Load() == 0 {
+		r.stop()
+		s.tcp.endRelays(r)
+		return
+	}
+	if s.tcp.enter() {
+		go s.drainLater(r, after)
+	}
+}
+
+func (s *ruleSet) drainLater(r *activeRule, after time.Duration) {
+	defer s.tcp.wg.Done()
+	deadline := time.NewTimer(after)
+	defer deadline.Stop()
+	look := time.NewTicker(min(after, time.Second))
+	defer look.Stop()
+	for r.active.Load() > 0 {
+		select {
+		case <-look.C:
+			continue
+		case <-deadline.C:
+		case <-r.ctx.Done():
+		}
+		break
+	}
+	r.stop()
+	s.tcp.endRelays(r)
+}
+
+// newActiveRule returns a rule without listeners. It ends with stop, or ctx.
+func newActiveRule(ctx context.Context, id int, rule Rule) *activeRule {
+	r := &activeRule{id: id, rule: rule}
+	r.ctx, r.stop = context.WithCancel(ctx)
+	return r
+}
