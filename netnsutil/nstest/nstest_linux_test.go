@@ -23,7 +23,7 @@ func TestInside(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, ifaces, 1)
 	require.NotZero(t, ifaces[0].Flags&net.FlagUp)
-	require.NoError(t, os.Mkdir("/run/netns", 0o755))
+	require.NoError(t, os.MkdirAll("/run/netns", 0o755))
 	f, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0)
 	require.NoError(t, err)
 	f.Close()
