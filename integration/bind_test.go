@@ -102,9 +102,11 @@ func TestBind(t *testing.T) {
 				}
 				for _, proto := range []string{"tcp", "udp"} {
 					for _, to := range c.open {
-						got, err := tp.client.who(t, proto, f.client, netip.AddrPortFrom(to.dst(f), to.port))
+						// From the address of the same link: a socket that
+						// is bound to an interface answers by it alone.
+						got, err := tp.client.who(t, proto, netip.Addr{}, netip.AddrPortFrom(to.dst(f), to.port))
 						require.NoError(t, err, "%s %s port %d", proto, to.dst(f), to.port)
-						require.Equal(t, f.client, got.by.Addr())
+						require.Equal(t, got.local, got.by)
 					}
 					for _, to := range c.closed {
 						_, err := tp.client.who(t, proto, f.client, netip.AddrPortFrom(to.dst(f), to.port))
@@ -130,6 +132,31 @@ func TestBindInterface(t *testing.T) {
 		_, err = tp.host.who(t, "tcp", netip.Addr{}, netip.AddrPortFrom(f.loopback, 8080))
 		require.ErrorIs(t, err, unix.ECONNREFUSED)
 	})
+}
+
+// TestOneFamily: -4 and -6 leave the other family alone altogether.
+func TestOneFamily(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		opt       string
+		with, not family
+	}{{"-4", ipv4, ipv6}, {"-6", ipv6, ipv4}} {
+		t.Run(c.opt, func(t *testing.T) {
+			t.Parallel()
+			tp := newTopo(t)
+			tp.attach(t, c.opt, "-p", "8080:80", "-p", "8080:80/udp")
+			tp.ctr.serveWho(t, 80, ipv4.any, ipv6.any)
+			for _, proto := range []string{"tcp", "udp"} {
+				got, err := tp.client.who(t, proto, c.with.client, netip.AddrPortFrom(c.with.host, 8080))
+				require.NoError(t, err)
+				require.Equal(t, c.with.client, got.by.Addr())
+				_, err = tp.client.who(t, proto, c.not.client, netip.AddrPortFrom(c.not.host, 8080))
+				require.ErrorIs(t, err, unix.ECONNREFUSED)
+			}
+			_, err := tp.ctr.tryTCP(netip.Addr{}, netip.AddrPortFrom(c.not.client, 7000), patience)
+			require.ErrorIs(t, err, unix.ENETUNREACH)
+		})
+	}
 }
 
 // TestFreePort: -p 80 takes a free port of the host and prints it.

@@ -59,15 +59,16 @@ func TestHostLoopback(t *testing.T) {
 			tp.attach(t, mode.opts...)
 			eachFamily(t, func(t *testing.T, f family) {
 				go greet(tp.host.listenTCP(t, f.loopback, 7000), "loopback")
-				go greet(tp.host.listenTCP(t, f.host, 7001), "main address")
+				main := tp.host.sourceTo(t, f.far)
+				go greet(tp.host.listenTCP(t, main, 7001), "main address")
 				go whoUDP(tp.host.listenUDP(t, f.loopback, 7000))
-				go whoUDP(tp.host.listenUDP(t, f.host, 7001))
+				go whoUDP(tp.host.listenUDP(t, main, 7001))
 				mapped := mode.v4
 				if f.name == ipv6.name {
 					mapped = mode.v6
 				}
 				tp.ctr.requireGreeting(t, netip.AddrPortFrom(f.alias, 7001), "main address")
-				tp.ctr.requireGreeting(t, netip.AddrPortFrom(f.host, 7001), "main address")
+				tp.ctr.requireGreeting(t, netip.AddrPortFrom(main, 7001), "main address")
 				for _, a := range []netip.Addr{f.alias, f.gw, f.host} {
 					if a == mapped {
 						continue
@@ -86,6 +87,12 @@ func TestHostLoopback(t *testing.T) {
 			})
 		})
 	}
+}
+
+// sourceTo is the address that the namespace's routes choose for what goes to dst.
+func (n *node) sourceTo(t *testing.T, dst netip.Addr) netip.Addr {
+	t.Helper()
+	return addrPort(n.dialUDP(t, netip.Addr{}, netip.AddrPortFrom(dst, 9)).LocalAddr()).Addr()
 }
 
 // udpAnswers reports whether a serveWho server answers within half a second.
@@ -128,9 +135,8 @@ func TestContainerLoopbackRefused(t *testing.T) {
 		if err == nil {
 			defer c.Close()
 			c.SetReadDeadline(time.Now().Add(patience))
-			requireReset(t, c)
-			return
+			_, err = c.Read(make([]byte, 1))
 		}
-		require.ErrorIs(t, err, unix.ECONNREFUSED)
+		require.True(t, isOneOf(err, unix.ECONNREFUSED, unix.ECONNRESET), "%v", err)
 	})
 }

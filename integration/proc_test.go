@@ -55,7 +55,7 @@ func (n *node) startCmd(t *testing.T, cmd *exec.Cmd) *proc {
 	go p.wait()
 	t.Cleanup(func() {
 		p.stop()
-		if t.Failed() {
+		if t.Failed() && p.log.String() != "" {
 			t.Logf("%s (%v):\n%s", p.name, p.cmd.Args, p.log.String())
 		}
 	})

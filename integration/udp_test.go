@@ -155,21 +155,54 @@ func TestSocatUDP(t *testing.T) {
 	tp.attach(t, "-p", "5300:53/udp")
 	eachFamily(t, func(t *testing.T, f family) {
 		for _, c := range []struct {
-			from, to *node
-			port     uint16
-			dst      netip.AddrPort
+			from, to    *node
+			listen, dst netip.AddrPort
 		}{
-			{tp.client, tp.ctr, 53, netip.AddrPortFrom(f.host, 5300)},
-			{tp.ctr, tp.client, 54, netip.AddrPortFrom(f.client, 54)},
+			{tp.client, tp.ctr, netip.AddrPortFrom(f.any, 53), netip.AddrPortFrom(f.host, 5300)},
+			// socat answers from any of the client's addresses unless bound to one.
+			{tp.ctr, tp.client, netip.AddrPortFrom(f.client, 54), netip.AddrPortFrom(f.client, 54)},
 		} {
 			v := strings.TrimPrefix(f.flag, "-")
-			server := c.to.start(t, "socat", fmt.Sprintf("UDP%s-RECVFROM:%d,fork", v, c.port), "EXEC:cat")
-			c.to.waitPort(t, "udp", c.port)
+			bind := c.listen.Addr().String()
+			if f.name == ipv6.name {
+				bind = "[" + bind + "]"
+			}
+			server := c.to.start(t, "socat", fmt.Sprintf("UDP%s-RECVFROM:%d,bind=%s,fork", v, c.listen.Port(), bind), "EXEC:cat")
+			c.to.waitPort(t, "udp", c.listen.Port())
 			cmd := exec.Command("socat", "-t2", "-", fmt.Sprintf("UDP%s:%s", v, c.dst))
 			cmd.Stdin = strings.NewReader("through socat\n")
 			r := c.from.runCmd(t, cmd)
 			require.Equal(t, "through socat\n", r.stdout, "%s", r.stderr)
 			server.stop()
+		}
+	})
+}
+
+// TestUDPManyOutbound: hundreds of sockets of the container ask the same server,
+// one after the other and then all again.
+func TestUDPManyOutbound(t *testing.T) {
+	t.Parallel()
+	tp := newTopo(t)
+	tp.attach(t)
+	tp.client.serveWho(t, 7000, ipv4.client, ipv6.client)
+	eachFamily(t, func(t *testing.T, f family) {
+		var conns []*net.UDPConn
+		for range 300 {
+			c := tp.ctr.dialUDP(t, netip.Addr{}, netip.AddrPortFrom(f.client, 7000))
+			c.SetDeadline(time.Now().Add(2 * patience))
+			conns = append(conns, c)
+		}
+		for round := range 2 {
+			for i, c := range conns {
+				question := fmt.Sprintf("round %d socket %d", round, i)
+				_, err := c.Write([]byte(question))
+				require.NoError(t, err)
+				buf := make([]byte, 512)
+				n, err := c.Read(buf)
+				require.NoError(t, err, "%s", question)
+				_, answer, _ := strings.Cut(string(buf[:n]), " ")
+				require.Equal(t, question, answer)
+			}
 		}
 	})
 }
