@@ -1,7 +1,6 @@
 package stack
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -100,7 +99,7 @@ func (t *tap) Read(bufs [][]byte, idle func()) (int, error) {
 	if err == nil {
 		err = t.readErr
 	}
-	return t.readLen, closedErr(err)
+	return t.readLen, t.closedErr(err)
 }
 
 func (t *tap) tryRead(fd uintptr) bool {
@@ -150,9 +149,16 @@ func (t *tap) Close() error {
 	return t.file.Close()
 }
 
-// closedErr turns package os's word for a closed file into package net's.
-func closedErr(err error) error {
-	if errors.Is(err, os.ErrClosed) {
+// closedErr is [net.ErrClosed] for whatever goes wrong after Close. A read that
+// Close has interrupted returns an error of package internal/poll, which
+// [os.ErrClosed] does not stand for.
+func (t *tap) closedErr(err error) error {
+	if err == nil {
+		return nil
+	}
+	t.writeMu.RLock()
+	defer t.writeMu.RUnlock()
+	if t.fd < 0 {
 		return net.ErrClosed
 	}
 	return err

@@ -105,6 +105,23 @@ func TestDialTCPKeepsTheClientsAddress(t *testing.T) {
 	}
 }
 
+// A read that Close interrupts ends as [Device] says.
+func TestTapClose(t *testing.T) {
+	dev, _, err := OpenTap("tap1", 1500)
+	require.NoError(t, err)
+	blocked := make(chan struct{})
+	read := make(chan error, 1)
+	go func() {
+		_, err := dev.Read([][]byte{make([]byte, 2048)}, func() { close(blocked) })
+		read <- err
+	}()
+	<-blocked
+	require.NoError(t, dev.Close())
+	require.ErrorIs(t, <-read, net.ErrClosed)
+	require.ErrorIs(t, dev.Write([][]byte{make([]byte, 64)}), net.ErrClosed)
+	require.NoError(t, dev.Close())
+}
+
 func TestDialTCPRefused(t *testing.T) {
 	_, s := newTapStack(t, Config{}, 1500)
 	for _, f := range families {
