@@ -1,27 +1,29 @@
 package forward
 
 import (
-	"bytes"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/gofwd/gofwd/netnsutil"
 )
 
 // The host has a network with one other host in it.
 const (
-	host4, host6     = "192.0.2.10", "2001:db8::10"
-	remote4, remote6 = "192.0.2.77", "2001:db8::77"
+	host4, host6     = "203.0.113.10", "2001:db8:1::10"
+	remote4, remote6 = "203.0.113.77", "2001:db8:1::77"
 )
 
 // newLAN gives the host an interface, and returns the other host on its link.
@@ -72,9 +74,11 @@ func tellPeer(t *testing.T, ns *netnsutil.NS, addr string) (port uint16) {
 	var pc net.PacketConn
 	within(t, ns, func() {
 		var err error
-		ln, err = net.Listen("tcp", addr)
+		// Without a family both wildcards are dual-stack to Go.
+		family := map[string]string{"0.0.0.0:0": "4", "[::]:0": "6"}[addr]
+		ln, err = net.Listen("tcp"+family, addr)
 		require.NoError(t, err)
-		pc, err = net.ListenPacket("udp", ln.Addr().String())
+		pc, err = net.ListenPacket("udp"+family, ln.Addr().String())
 		require.NoError(t, err)
 	})
 	var wg sync.WaitGroup
@@ -83,16 +87,7 @@ func tellPeer(t *testing.T, ns *netnsutil.NS, addr string) (port uint16) {
 		pc.Close()
 		wg.Wait()
 	})
-	wg.Go(func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			fmt.Fprint(c, c.RemoteAddr())
-			c.Close()
-		}
-	})
+	wg.Go(func() { serveTellPeer(ln) })
 	wg.Go(func() {
 		buf := make([]byte, 100)
 		for {
@@ -104,6 +99,17 @@ func tellPeer(t *testing.T, ns *netnsutil.NS, addr string) (port uint16) {
 		}
 	})
 	return ln.Addr().(*net.TCPAddr).AddrPort().Port()
+}
+
+func serveTellPeer(ln net.Listener) {
+	for {
+		c, err := ln.Accept()
+		if err != nil {
+			return
+		}
+		fmt.Fprint(c, c.RemoteAddr())
+		c.Close()
+	}
 }
 
 // ask connects to a tellPeer server and returns what it said, and from where.
@@ -132,13 +138,7 @@ func TestForwarderSource(t *testing.T) {
 	remote := newLAN(t)
 	ns := newNS(t)
 	port := tellPeer(t, ns, ":0")
-	publish := func(s string) []Rule {
-		rules, err := ParsePublish(s)
-		require.NoError(t, err)
-		return rules
-	}
-	spec := fmt.Sprintf("8080:%d", port)
-	f, _ := start(t, Config{NetNS: ns, Rules: append(publish(spec+"/tcp"), publish(spec+"/udp")...)})
+	f, _ := start(t, Config{NetNS: ns, Rules: forEach(Rule{Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}})})
 	require.Equal(t, Tap, f.Status().Rules[0].Path)
 
 	for _, proto := range []string{"tcp", "udp"} {
@@ -171,30 +171,246 @@ func TestForwarderSource(t *testing.T) {
 	}, 5*time.Second, 10*time.Millisecond)
 }
 
-func TestForwarderSourceLoopbackToLoopback(t *testing.T) {
+// With --host-lo-to-ns-lo a client on the host's loopback is one on the
+// namespace's. The server here has IPv4 only; an IPv6 client finds it all the same.
+func TestForwarderLoopbackToLoopback(t *testing.T) {
 	ns := newNS(t)
 	port := tellPeer(t, ns, "127.0.0.1:0")
-	f, _ := start(t, Config{NetNS: ns, HostLoopbackToNSLoopback: true, Rules: []Rule{
-		{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}},
-		{Proto: UDP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}},
-	}})
-	_ = f
-	for _, proto := range []string{"tcp", "udp"} {
-		for _, dst := range []string{"127.0.0.1:8080"} {
-			got, _, err := ask(t, nil, proto, dst)
+	_, _ = start(t, Config{NetNS: ns, HostLoopbackToNSLoopback: true, Rules: forEach(Rule{
+		Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port},
+	})})
+	for _, tt := range []struct{ proto, dst string }{
+		{"tcp", "127.0.0.1:8080"}, {"udp", "127.0.0.1:8080"}, {"tcp", "[::1]:8080"},
+	} {
+		got, _, err := ask(t, nil, tt.proto, tt.dst)
+		require.NoError(t, err, tt)
+		require.True(t, strings.HasPrefix(got, "127.0.0.1:"), "%v: %s", tt, got)
+	}
+}
+
+// A server of the other family is reached, and sees the alias of its own.
+func TestForwarderOtherFamily(t *testing.T) {
+	remote := newLAN(t)
+	ns := newNS(t)
+	for _, tt := range []struct{ listen, dst, want string }{
+		{"0.0.0.0:0", host6, "169.254.1.2"},
+		{"[::]:0", host4, "fd67:6f66:7764::1"},
+	} {
+		port := tellPeer(t, ns, tt.listen)
+		f, _ := start(t, Config{NetNS: ns, Rules: []Rule{{
+			Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port},
+		}}})
+		got, local, err := ask(t, remote, "tcp", net.JoinHostPort(tt.dst, "8080"))
+		require.NoError(t, err)
+		require.Equal(t, netip.AddrPortFrom(netip.MustParseAddr(tt.want), local.Port()).String(), got)
+		require.NoError(t, f.Close())
+	}
+}
+
+// A closed port in the container resets the client at once: refusing is not
+// possible any more.
+func TestForwarderClosedPort(t *testing.T) {
+	start(t, Config{Rules: []Rule{{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{9, 9}}}})
+	begin := time.Now()
+	_, _, err := ask(t, nil, "tcp", "127.0.0.1:8080")
+	require.ErrorIs(t, err, syscall.ECONNRESET)
+	require.Less(t, time.Since(begin), time.Second)
+}
+
+// What the container's connect(2) says is what the host's would have said.
+func TestForwarderOutbound(t *testing.T) {
+	remote := newLAN(t)
+	ip(t, "route add blackhole 198.51.100.1")
+	ip(t, "route add prohibit 198.51.100.2")
+	ip(t, "route add unreachable 198.51.100.3")
+	t.Cleanup(func() {
+		ip(t, "route del blackhole 198.51.100.1")
+		ip(t, "route del prohibit 198.51.100.2")
+		ip(t, "route del unreachable 198.51.100.3")
+	})
+	port := tellPeer(t, remote, ":0")
+	hostPort := tellPeer(t, nil, ":0")
+	onLoopback := tellPeer(t, nil, "127.0.0.1:0")
+	f, ns := start(t, Config{Network: Network{MapHostLoopback: addrs("169.254.1.9")}})
+
+	for _, tt := range []struct {
+		name, proto, dst string
+		want             string // what the server sees
+		err              error
+	}{
+		{"tcp v4", "tcp", at(remote4, port), host4, nil},
+		{"tcp v6", "tcp", at(remote6, port), host6, nil},
+		{"udp v4", "udp", at(remote4, port), host4, nil},
+		{"udp v6", "udp", at(remote6, port), host6, nil},
+		{"tcp, host's own address", "tcp", at(host4, hostPort), host4, nil},
+		{"tcp, alias v4", "tcp", at("169.254.1.2", hostPort), host4, nil},
+		{"tcp, alias v6", "tcp", at("fd67:6f66:7764::1", hostPort), host6, nil},
+		{"udp, alias v4", "udp", at("169.254.1.2", hostPort), host4, nil},
+		{"tcp, mapped loopback", "tcp", at("169.254.1.9", onLoopback), "127.0.0.1", nil},
+		{"udp, mapped loopback", "udp", at("169.254.1.9", onLoopback), "127.0.0.1", nil},
+		{"tcp, alias is not the loopback", "tcp", at("169.254.1.2", onLoopback), "", syscall.ECONNREFUSED},
+		{"tcp, gateway is not the loopback", "tcp", at("10.0.2.2", onLoopback), "", syscall.ECONNREFUSED},
+		{"tcp, own loopback is the container's", "tcp", at("127.0.0.1", onLoopback), "", syscall.ECONNREFUSED},
+		{"tcp, refused v4", "tcp", at(remote4, 9), "", syscall.ECONNREFUSED},
+		{"tcp, refused v6", "tcp", at(remote6, 9), "", syscall.ECONNREFUSED},
+		{"udp, refused v4", "udp", at(remote4, 9), "", syscall.ECONNREFUSED},
+		{"udp, refused v6", "udp", at(remote6, 9), "", syscall.ECONNREFUSED},
+		{"tcp, unreachable", "tcp", "198.51.100.3:80", "", syscall.EHOSTUNREACH},
+		{"tcp, prohibited", "tcp", "198.51.100.2:80", "", syscall.EHOSTUNREACH}, // ICMP 13, see icmp_err_convert
+		{"tcp, nobody of our net", "tcp", "10.0.2.77:80", "", syscall.EHOSTUNREACH},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			begin := time.Now()
+			got, _, err := ask(t, ns, tt.proto, tt.dst)
+			require.ErrorIs(t, err, tt.err)
+			require.Less(t, time.Since(begin), 2*time.Second)
+			if tt.err == nil {
+				require.Equal(t, tt.want, netip.MustParseAddrPort(got).Addr().String())
+			}
+		})
+	}
+	require.NotZero(t, f.Status().Outbound.BytesIn)
+}
+
+// DNS goes to the host's nameserver, wherever that is, and follows resolv.conf.
+// A nameserver that is out of order is passed over.
+func TestForwarderDNS(t *testing.T) {
+	newLAN(t)
+	file := filepath.Join(t.TempDir(), "resolv.conf")
+	set := func(text string) { require.NoError(t, os.WriteFile(file, []byte(text), 0o644)) }
+	set("nameserver 127.0.0.53\n")
+	require.NoError(t, unix.Mount(file, resolvConf, "", unix.MS_BIND, ""))
+	t.Cleanup(func() { require.NoError(t, unix.Unmount(resolvConf, unix.MNT_DETACH)) })
+	tellPeer(t, nil, "127.0.0.53:53")
+	_, ns := start(t, Config{})
+
+	for _, dst := range []string{"10.0.2.3:53", "[fd67:6f66:7764::3]:53"} {
+		for _, proto := range []string{"tcp", "udp"} {
+			got, _, err := ask(t, ns, proto, dst)
 			require.NoError(t, err, "%s %s", proto, dst)
-			require.True(t, netip.MustParseAddrPort(got).Addr().IsLoopback(), "%s %s: %s", proto, dst, got)
+			require.Equal(t, "127.0.0.1", netip.MustParseAddrPort(got).Addr().String())
 		}
 	}
-	// The server has IPv4 only.
-	got, _, err := ask(t, nil, "tcp", "[::1]:8080")
+	_, _, err := ask(t, ns, "tcp", "10.0.2.3:80")
+	require.ErrorIs(t, err, syscall.ECONNREFUSED)
+
+	// Bind mounts don't follow a rename, so this is a rewrite in place.
+	tellPeer(t, nil, host4+":53")
+	set("nameserver " + remote4 + "\nnameserver " + host4 + "\n")
+	time.Sleep(resolvConfAge)
+	for _, proto := range []string{"tcp", "udp"} { // remote4 refuses
+		got, _, err := ask(t, ns, proto, "10.0.2.3:53")
+		require.NoError(t, err, proto)
+		require.Equal(t, host4, netip.MustParseAddrPort(got).Addr().String())
+	}
+}
+
+// -T and -U: the container's loopback leads to the host's.
+func TestForwarderOut(t *testing.T) {
+	port := tellPeer(t, nil, "127.0.0.1:0")
+	f, ns := start(t, Config{Rules: forEach(Rule{
+		Dir: Out, Ports: PortRange{7070, 7070}, TargetPorts: PortRange{port, port},
+	})})
+	for _, proto := range []string{"tcp", "udp"} {
+		got, _, err := ask(t, ns, proto, "127.0.0.1:7070")
+		require.NoError(t, err, proto)
+		require.Equal(t, "127.0.0.1", netip.MustParseAddrPort(got).Addr().String())
+	}
+	got, _, err := ask(t, ns, "tcp", "[::1]:7070") // IPv4 only on the host
 	require.NoError(t, err)
-	require.True(t, strings.HasPrefix(got, "127.0.0.1:"), got)
+	require.Equal(t, "127.0.0.1", netip.MustParseAddrPort(got).Addr().String())
+	require.NoError(t, f.Close())
+
+	start(t, Config{NetNS: ns, Rules: []Rule{{Dir: Out, Proto: TCP, Ports: PortRange{7071, 7071}, TargetPorts: PortRange{9, 9}}}})
+	_, _, err = ask(t, ns, "tcp", "127.0.0.1:7071")
+	require.ErrorIs(t, err, syscall.ECONNRESET)
 }
 
-// testLog shows a logger's output with the test's.
-func testLog(t *testing.T) *slog.Logger {
-	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+// After an error nothing is left: no tap, no listener, no goroutine.
+func TestForwarderStartsWholeOrNotAtAll(t *testing.T) {
+	ns := newNS(t)
+	taken, err := net.Listen("tcp", "127.0.0.1:8081")
+	require.NoError(t, err)
+	defer taken.Close()
+	others := goleak.IgnoreCurrent()
+	_, err = Start(t.Context(), Config{NetNS: ns, Rules: []Rule{
+		{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{80, 80}},
+		{Proto: TCP, Ports: PortRange{8081, 8081}, TargetPorts: PortRange{80, 80}},
+	}})
+	require.ErrorIs(t, err, syscall.EADDRINUSE)
+	var onRule *Error
+	require.ErrorAs(t, err, &onRule)
+	_, err = net.Dial("tcp", "127.0.0.1:8080")
+	require.ErrorIs(t, err, syscall.ECONNREFUSED)
+	within(t, ns, func() {
+		_, err := net.InterfaceByName("tap0")
+		require.Error(t, err)
+	})
+	goleak.VerifyNone(t, others)
+	start(t, Config{NetNS: ns}) // and all is free
 }
 
-var _ = bytes.Equal
+func TestForwarderClose(t *testing.T) {
+	ns := newNS(t)
+	port := tellPeer(t, ns, ":0")
+	f, _ := start(t, Config{NetNS: ns, Rules: []Rule{{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}}}})
+	require.NoError(t, f.Close())
+	require.NoError(t, f.Close())
+	require.NoError(t, f.Wait())
+	_, err := net.Dial("tcp", "127.0.0.1:8080")
+	require.ErrorIs(t, err, syscall.ECONNREFUSED)
+	require.Len(t, f.Status().Rules, 1) // the last state stays
+}
+
+func TestForwarderNamespaceGone(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "ns")
+	require.NoError(t, os.WriteFile(file, nil, 0o600))
+	made := newNS(t)
+	require.NoError(t, unix.Mount(fmt.Sprintf("/proc/self/fd/%d", made.Fd()), file, "", unix.MS_BIND, ""))
+	ns, err := netnsutil.Open(file)
+	require.NoError(t, err)
+	defer ns.Close()
+	f, _ := start(t, Config{NetNS: ns})
+	require.NoError(t, unix.Unmount(file, unix.MNT_DETACH))
+	require.NoError(t, os.Remove(file))
+	begin := time.Now()
+	require.ErrorIs(t, f.Wait(), netnsutil.ErrGone)
+	require.Less(t, time.Since(begin), time.Second)
+}
+
+// The container has the host's addresses and routes; the host is its alias.
+func TestForwarderCopyHost(t *testing.T) {
+	remote := newLAN(t)
+	port := tellPeer(t, remote, ":0")
+	ns := newNS(t)
+	inside := tellPeer(t, ns, ":0")
+	f, _ := start(t, Config{NetNS: ns, Network: Network{CopyHost: true}, Rules: []Rule{
+		{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{inside, inside}},
+	}})
+	require.Equal(t, []netip.Prefix{netip.MustParsePrefix(host4 + "/24"), netip.MustParsePrefix(host6 + "/64")}, f.Status().Addrs)
+	require.Equal(t, addrs(remote4, remote6), f.Status().Gateway)
+	for _, dst := range []string{remote4, remote6} {
+		_, _, err := ask(t, ns, "tcp", at(dst, port))
+		require.NoError(t, err)
+	}
+	for dst, want := range map[string]string{host4: "169.254.1.2", host6: "fd67:6f66:7764::1"} {
+		got, _, err := ask(t, nil, "tcp", at(dst, 8080))
+		require.NoError(t, err)
+		require.Equal(t, want, netip.MustParseAddrPort(got).Addr().String())
+		got, local, err := ask(t, remote, "tcp", at(dst, 8080))
+		require.NoError(t, err)
+		require.Equal(t, local.String(), got)
+	}
+}
+
+// at returns host:port.
+func at(host string, port uint16) string {
+	return netip.AddrPortFrom(netip.MustParseAddr(host), port).String()
+}
+
+// forEach returns r for TCP and for UDP.
+func forEach(r Rule) []Rule {
+	rules := []Rule{r, r}
+	rules[0].Proto, rules[1].Proto = TCP, UDP
+	return rules
+}

@@ -62,6 +62,7 @@ func newRecvBatch() *recvBatch {
 func (b *recvBatch) recv(s *udpSocket) int {
 	for i := range b.n {
 		h := &b.msgs[i].hdr
+		b.names[i] = sockaddr{} // an IPv4 one leaves the end of an IPv6 one
 		h.Namelen = uint32(len(b.names[i]))
 		h.SetControllen(int(unsafe.Sizeof(b.ctrl[i])))
 	}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"golang.org/x/sys/unix"
@@ -289,5 +290,23 @@ func TestSegmentWorks(t *testing.T) {
 		"microsoft-standard": true,
 	} {
 		require.Equal(t, works, segmentWorks(release), release)
+	}
+}
+
+// A batch serves sockets of both families: of an IPv6 sender nothing is left in
+// the name of the IPv4 one that comes next.
+func TestRecvBatchBothFamilies(t *testing.T) {
+	b := newRecvBatch()
+	for _, lo := range []string{"[::1]:0", "127.0.0.1:0", "[::1]:0"} {
+		to, from := listenUDP(t, lo), listenUDP(t, lo)
+		_, err := from.WriteToUDPAddrPort([]byte("x"), addrOf(to))
+		require.NoError(t, err)
+		fd, err := adoptUDP(to)
+		require.NoError(t, err)
+		s := &udpSocket{fd: fd, v6: isV6(fd)}
+		require.Eventually(t, func() bool { return b.recv(s) == 1 }, time.Second, time.Millisecond)
+		name, _ := b.message(0, new(recvOptions))
+		require.Equal(t, sockaddrOf(addrOf(from), s.v6), *name)
+		require.NoError(t, unix.Close(fd))
 	}
 }

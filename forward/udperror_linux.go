@@ -91,6 +91,7 @@ func (w *udpWorker) readErrors(s *udpSocket) {
 // socket's pending error too (sock_dequeue_err_skb); where there is no message, that
 // error is fetched, or the socket would be ready for ever.
 func (m *errorMessage) recv(s *udpSocket) (n int, ok bool) {
+	m.name = sockaddr{} // as in recvBatch.recv
 	m.iov.Base = &m.buf[0]
 	m.iov.SetLen(len(m.buf))
 	m.hdr = unix.Msghdr{

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -93,7 +94,25 @@ func configureLink(h *netlink.Handle, link Link) error {
 			return fmt.Errorf("add route to %s by interface %s: %w", r.Dst, link.Name, err)
 		}
 	}
+	for _, p := range link.Addrs {
+		if p.Addr().Is6() {
+			awaitLocal(h, p.Addr())
+		}
+	}
 	return nil
+}
+
+// awaitLocal waits until the kernel takes packets to an IPv6 address of the
+// namespace. Even without duplicate address detection the local route to a new
+// one is the work of a kernel thread (addrconf_dad_work), some milliseconds
+// later; what arrives before is dropped. It gives up after a second.
+func awaitLocal(h *netlink.Handle, addr netip.Addr) {
+	for deadline := time.Now().Add(time.Second); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		routes, err := h.RouteGet(addr.AsSlice())
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			return
+		}
+	}
 }
 
 // setIPv6Conf sets the interface's IPv6 knobs (kernel's ip-sysctl.rst); /proc/sys
