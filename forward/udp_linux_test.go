@@ -58,7 +58,10 @@ func (f *fakeTap) WriteUDP(d *stack.Datagram) error {
 }
 
 func (f *fakeTap) WriteUDPError(d *stack.Datagram, e stack.ICMPError) error {
-	f.errs <- fakeError{d.Src, d.Dst, string(d.Payload), e}
+	select {
+	case f.errs <- fakeError{d.Src, d.Dst, string(d.Payload), e}:
+	default: // a test that does not read them
+	}
 	return nil
 }
 
@@ -335,6 +338,38 @@ func TestUDPOutbound(t *testing.T) {
 			require.Equal(t, alias, u.recv().src)
 		})
 	})
+}
+
+// A link-local address is nothing without its interface: that of a client, that of
+// ours that the client spoke to, and that of a nameserver from a router's
+// advertisement.
+func TestUDPLinkLocal(t *testing.T) {
+	routable(t)
+	server := listenUDP(t, netip.AddrPortFrom(linkLocal, 0).String())
+	u := newUDPTest(t, func(c *udpConfig) {
+		c.Source = func(client netip.AddrPort, _ netip.Addr) netip.AddrPort {
+			require.Empty(t, client.Addr().Zone())
+			return client
+		}
+		c.Destination = func(netip.AddrPort) (netip.AddrPort, error) { return addrOf(server), nil }
+	})
+	bound, _ := u.publish("[::]:0", Rule{Proto: UDP}, 53)
+	c := listenUDP(t, netip.AddrPortFrom(linkLocal, 0).String())
+	to := netip.AddrPortFrom(linkLocal, bound.Port())
+	send(t, c, to, "query")
+	d := u.recv()
+	require.Equal(t, linkLocal.WithZone(""), d.src.Addr())
+	u.reply(d, "answer")
+	got, from := readFrom(t, c)
+	require.Equal(t, "answer", got)
+	require.Equal(t, to, from)
+
+	dns := &stack.Datagram{Src: netip.AddrPortFrom(guest4, 4000), Dst: netip.MustParseAddrPort("10.0.2.3:53"), TTL: 64, Payload: []byte("name?")}
+	u.fromNamespace(dns)
+	got, from = readFrom(t, server)
+	require.Equal(t, "name?", got)
+	send(t, server, from, "address")
+	require.Equal(t, dns.Dst, u.recv().src)
 }
 
 // The peers of a published port see that port, whoever begins.

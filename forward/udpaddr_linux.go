@@ -28,6 +28,9 @@ func sockaddrOf(ap netip.AddrPort, v6 bool) (a sockaddr) {
 	return a
 }
 
+// setScope sets sin6_scope_id, the interface of a link-local address.
+func (a *sockaddr) setScope(ifindex uint32) { binary.NativeEndian.PutUint32(a[24:], ifindex) }
+
 func (a *sockaddr) family() int { return int(binary.NativeEndian.Uint16(a[:])) }
 
 func (a *sockaddr) len() uint32 {

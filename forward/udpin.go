@@ -217,7 +217,7 @@ func (e *udpEngine) adoptInsideLocked(conn *net.UDPConn, guest netip.AddrPort) (
 	if err := e.enterSocketLocked(s, true); err != nil {
 		return flowEnd{}, err
 	}
-	return flowEnd{sock: s, remote: sockaddrOf(guest, s.v6)}, nil
+	return flowEnd{sock: s, remote: s.remote(guest)}, nil
 }
 
 // acceptInsideLocked begins a flow from a client in the namespace to the host's
@@ -236,7 +236,7 @@ func (e *udpEngine) acceptInsideLocked(s *udpSocket, client netip.AddrPort, from
 		guest:    client,
 		counters: &s.rule.flowCounters,
 		inside:   flowEnd{sock: s, remote: *from},
-		host:     flowEnd{sock: host, remote: sockaddrOf(netip.AddrPortFrom(dst, s.port), host.v6)},
+		host:     flowEnd{sock: host, remote: host.remote(netip.AddrPortFrom(dst, s.port))},
 	}
 }
 

@@ -110,7 +110,7 @@ func (e *udpEngine) dialLocked(f *flow, d *stack.Datagram, key tapKey) (*flow, e
 		return nil, err
 	}
 	if f != nil {
-		if f.host.remote == sockaddrOf(dst, f.host.sock.v6) {
+		if f.host.remote == f.host.sock.remote(dst) {
 			return f, nil
 		}
 		e.flows.remove(f)
@@ -132,7 +132,7 @@ func (e *udpEngine) dialLocked(f *flow, d *stack.Datagram, key tapKey) (*flow, e
 	if dst.Addr().IsMulticast() {
 		s.group.Store(true)
 	}
-	f.host = flowEnd{sock: s, remote: sockaddrOf(dst, s.v6)}
+	f.host = flowEnd{sock: s, remote: s.remote(dst)}
 	e.enterFlowLocked(f)
 	return f, nil
 }
@@ -152,7 +152,7 @@ func (e *udpEngine) socketLocked(guest, dst netip.AddrPort, stream bool) (*udpSo
 	if s == nil {
 		return e.newSocketLocked(&key, is4, stream)
 	}
-	if e.flows.bySock[sockKey{s.id, sockaddrOf(dst, s.v6)}] != nil {
+	if e.flows.bySock[sockKey{s.id, s.remote(dst)}] != nil {
 		// Two addresses of the container's world are one destination here;
 		// a socket of its own tells the replies apart.
 		return e.newSocketLocked(nil, is4, stream)

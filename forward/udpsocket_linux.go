@@ -4,6 +4,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"sync"
 	"sync/atomic"
 
@@ -90,6 +91,25 @@ var (
 	pktinfoOpts4 = []udpOption{{unix.SOL_IP, unix.IP_PKTINFO}}
 	pktinfoOpts6 = append([]udpOption{{unix.SOL_IPV6, unix.IPV6_RECVPKTINFO}}, pktinfoOpts4...)
 )
+
+// remote is ap, zone included, as the kernel names it on the socket.
+func (s *udpSocket) remote(ap netip.AddrPort) sockaddr {
+	a := sockaddrOf(ap, s.v6)
+	if zone := ap.Addr().Zone(); zone != "" {
+		a.setScope(zoneIndex(s.fd, zone))
+	}
+	return a
+}
+
+// zoneIndex returns the index of the interface that an IPv6 zone names, 0 if there
+// is none. Any socket will do as fd.
+func zoneIndex(fd int, zone string) uint32 {
+	if req, err := unix.NewIfreq(zone); err == nil && unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, req) == nil {
+		return req.Uint32()
+	}
+	n, _ := strconv.ParseUint(zone, 10, 32)
+	return uint32(n)
+}
 
 // setOptions prepares the socket for the engine. Nothing of it is vital.
 func (s *udpSocket) setOptions(stream bool) {
