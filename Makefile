@@ -1,6 +1,44 @@
-build:
-	CGO_ENABLED=0 go build -trimpath -o gofwd ./cmd/gofwd
+# make demo      see it work, without root
+# make test      all tests, as root or not
+# make install   to PREFIX, with man page and completions
+
+PREFIX ?= /usr/local
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
+
+build: ## the static binary ./gofwd
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o gofwd ./cmd/gofwd
 .PHONY: build
+
+demo: build ## three hosts as namespaces: what the container sees of its clients
+	./gofwd demo
+.PHONY: demo
+
+man: build ## dist/gofwd.1
+	mkdir -p dist
+	./gofwd man > dist/gofwd.1
+.PHONY: man
+
+completion: build ## dist/gofwd.bash, dist/_gofwd, dist/gofwd.fish
+	mkdir -p dist
+	./gofwd completion bash > dist/gofwd.bash
+	./gofwd completion zsh > dist/_gofwd
+	./gofwd completion fish > dist/gofwd.fish
+.PHONY: completion
+
+install: build man completion
+	install -Dm755 gofwd $(DESTDIR)$(PREFIX)/bin/gofwd
+	install -Dm644 dist/gofwd.1 $(DESTDIR)$(PREFIX)/share/man/man1/gofwd.1
+	install -Dm644 dist/gofwd.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/gofwd
+	install -Dm644 dist/_gofwd $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_gofwd
+	install -Dm644 dist/gofwd.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/gofwd.fish
+.PHONY: install
+
+uninstall:
+	rm -f $(DESTDIR)$(PREFIX)/bin/gofwd $(DESTDIR)$(PREFIX)/share/man/man1/gofwd.1 \
+		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/gofwd \
+		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_gofwd \
+		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/gofwd.fish
+.PHONY: uninstall
 
 # Tools, at fixed versions: built on first use, kept in Go's caches.
 golangci-lint := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0

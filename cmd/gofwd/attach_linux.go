@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/gofwd/gofwd/netnsutil"
+)
+
+func newAttachCommand() *cobra.Command {
+	o := &options{}
+	cmd := &cobra.Command{
+		Use:   "attach [OPTIONS] --netns PATH|NAME | --pid PID",
+		Short: "connect a network namespace that exists",
+		Long: `Connect a network namespace that exists to the world, and publish ports of it:
+one that podman --network=ns:PATH or ip-netns(8) made, or that of a process.
+
+It ends when the namespace goes away, when it is told to (SIGTERM, --exit-fd),
+and leaves the namespace as it was.`,
+		Example: `  gofwd attach -p 8080:80 --netns web
+  gofwd attach -p 8080:80 --detach --pid "$(podman inspect -f '{{.State.Pid}}' web)"`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			err := o.complete()
+			switch {
+			case err != nil:
+			case (o.netns != "") == (o.pid != 0):
+				err = errors.New("give one of --netns and --pid")
+			case o.pid < 0:
+				err = fmt.Errorf("--pid %d: not a process id", o.pid)
+			default:
+				err = o.refuseForeignDNS()
+			}
+			if err != nil {
+				return usagef(cmd, "%w", err)
+			}
+			return o.attach(cmd.Context())
+		},
+	}
+	own := pflag.NewFlagSet("", pflag.ContinueOnError)
+	own.StringVar(&o.netns, "netns", "", "`PATH|NAME`: the network namespace; NAME is /run/netns/NAME")
+	own.IntVar(&o.pid, "pid", 0, "`PID`: that of a process")
+	o.addTo(cmd, own)
+	return cmd
+}
+
+// refuseForeignDNS refuses nameservers that are not ours: attach writes no
+// resolv.conf that could name them.
+func (o *options) refuseForeignDNS() error {
+	for _, a := range o.dns {
+		if !slices.Contains(o.config.Network.DNS, a) {
+			return fmt.Errorf("--dns %s: outside of the container's net, and attach leaves resolv.conf alone; "+
+				"to answer at that address give --dns-forward", a)
+		}
+	}
+	return nil
+}
+
+func (o *options) attach(ctx context.Context) error {
+	if o.inner {
+		i, err := newInner(o)
+		if err != nil {
+			return err
+		}
+		defer i.ns.Close()
+		return i.attach(ctx)
+	}
+	if o.detach && o.detachedFD < 0 {
+		return o.goBackground(os.Args)
+	}
+	ns, userNS, err := o.openTarget()
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	hint := filepath.Base(o.netns)
+	if o.pid != 0 {
+		hint = "pid-" + strconv.Itoa(o.pid)
+	}
+	u, err := openOuter(o, os.Args, hint)
+	if err != nil {
+		return err
+	}
+	defer u.close()
+	if userNS == nil {
+		in, err := u.serveHere(ctx, ns)
+		if err != nil {
+			return err
+		}
+		return u.supervise(in, nil)
+	}
+	defer userNS.Close()
+	in, err := u.spawn(netnsutil.SpawnConfig{UserNS: userNS}, ns)
+	if err != nil {
+		return o.explainEntry(err)
+	}
+	// Inner may not be allowed to see the path of the namespace.
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	gone := make(chan struct{})
+	go waitGone(ctx, ns, gone)
+	return u.supervise(in, gone)
+}
+
+func waitGone(ctx context.Context, ns *netnsutil.NS, gone chan<- struct{}) {
+	if err := ns.WaitGone(ctx); errors.Is(err, netnsutil.ErrGone) {
+		close(gone)
+	}
+}
+
+// openTarget opens the namespace to attach to, and the user namespace that owns
+// it unless that is our own.
+func (o *options) openTarget() (ns *netnsutil.NS, userNS *os.File, err error) {
+	if o.pid != 0 {
+		ns, err = netnsutil.OpenPID(o.pid)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, nil, fmt.Errorf("attach to process %d: no such process", o.pid)
+		}
+	} else {
+		ns, err = netnsutil.Open(o.netns)
+	}
+	if err != nil {
+		return nil, nil, o.explainEntry(err)
+	}
+	defer func() {
+		if err != nil {
+			ns.Close()
+		}
+	}()
+	here, err := netnsutil.Current()
+	if err != nil {
+		return nil, nil, err
+	}
+	defer here.Close()
+	if here.Equal(ns) {
+		return nil, nil, fmt.Errorf("attach to network namespace %s: it is our own, the host's", ns)
+	}
+	if userNS, err = netnsutil.OwnerUserNS(ns); err != nil {
+		return nil, nil, o.explainEntry(err)
+	}
+	if !netnsutil.SameUserNS(userNS) {
+		return ns, userNS, nil
+	}
+	userNS.Close()
+	// Only the attempt tells whether we have the capabilities.
+	if err := ns.Do(func() error { return nil }); err != nil {
+		return nil, nil, o.explainEntry(err)
+	}
+	return ns, nil, nil
+}
+
+// explainEntry says how else the namespace could be entered.
+func (o *options) explainEntry(err error) error {
+	var forbidden *netnsutil.ForbiddenError
+	switch {
+	case errors.As(err, &forbidden):
+		return err
+	case errors.Is(err, netnsutil.ErrNotNetNS) && o.netns != "":
+		// A file below /run/user that ought to be one is a mount point
+		// that only Podman's mount namespace has a mount on.
+		return &hintedError{err, "if podman made it, run: podman unshare " + o.commandLine()}
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, netnsutil.ErrOutside):
+		return &hintedError{err, "if it is a container's, run: podman unshare " + o.commandLine() + "; if it is root's, run that as root"}
+	}
+	return err
+}
+
+// commandLine is how the user called gofwd, for a shell.
+func (o *options) commandLine() string {
+	words := []string{filepath.Base(os.Args[0])}
+	for _, a := range os.Args[1:] {
+		if strings.HasPrefix(a, "--detached-fd=") {
+			continue
+		}
+		if !plainWord.MatchString(a) {
+			a = "'" + strings.ReplaceAll(a, "'", `'\''`) + "'"
+		}
+		words = append(words, a)
+	}
+	return strings.Join(words, " ")
+}
+
+// plainWord is what no shell takes for anything else.
+var plainWord = regexp.MustCompile(`^[A-Za-z0-9_@%+=:,./-]+$`)

@@ -1,0 +1,290 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/gofwd/gofwd/forward"
+)
+
+// options is the command line of run and attach: what to forward, and how the
+// process behaves.
+type options struct {
+	config forward.Config // without NetNS, Capture and Logger
+
+	publish        []string // -p
+	tcpIn, udpIn   []string // -t, -u
+	tcpOut, udpOut []string // -T, -U
+	only4, only6   bool
+	dns            []netip.Addr
+	noDNS          bool
+
+	mapAuto bool   // run
+	netns   string // attach
+	pid     int    // attach
+
+	name      string
+	pcap      string
+	detach    bool
+	pidFile   string
+	readyFD   int
+	exitFD    int
+	quiet     bool
+	logLevel  string
+	logFormat string
+
+	// Of one gofwd process to another, see outer_linux.go and
+	// daemon_linux.go.
+	inner      bool
+	innerNetNS string
+	detachedFD int
+}
+
+// flagSection is a group of flags under a title, as --help and the man page
+// show them.
+type flagSection struct {
+	title string
+	*pflag.FlagSet
+}
+
+// addTo gives cmd the flags of o, and remembers their sections.
+func (o *options) addTo(cmd *cobra.Command, own *pflag.FlagSet) {
+	for _, s := range o.sections(own) {
+		s.VisitAll(func(f *pflag.Flag) {
+			f.Annotations = map[string][]string{sectionAnnotation: {s.title}}
+		})
+		s.SortFlags = false
+		cmd.Flags().AddFlagSet(s.FlagSet)
+	}
+	cmd.Flags().SortFlags = false
+	// What follows the first argument is COMMAND's.
+	cmd.Flags().SetInterspersed(false)
+	for _, hidden := range []string{"inner", "inner-netns", "detached-fd"} {
+		_ = cmd.Flags().MarkHidden(hidden)
+	}
+	completeWords(cmd, "datapath", "auto", "tap", "kernel")
+	completeWords(cmd, "log-level", "debug", "info", "warn", "error")
+	completeWords(cmd, "log-format", "text", "json")
+}
+
+func completeWords(cmd *cobra.Command, flag string, words ...string) {
+	_ = cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(words, cobra.ShellCompDirectiveNoFileComp))
+}
+
+// sections is the table of all flags that run and attach share; own are those of
+// one of them alone.
+func (o *options) sections(own *pflag.FlagSet) []flagSection {
+	cfg, network := &o.config, &o.config.Network
+
+	ports := pflag.NewFlagSet("", pflag.ContinueOnError)
+	ports.StringArrayVarP(&o.publish, "publish", "p", nil, "`[[ADDR][%IFACE]:][HOST:]CONTAINER[/PROTO]`: publish a port, tcp unless PROTO says udp; ranges as 8000-8010:9000-9010; IPv6 in brackets; without HOST on a free port, which is printed")
+	ports.StringArrayVarP(&o.tcpIn, "tcp-ports", "t", nil, "`SPEC`: publish TCP ports as pasta(1) does: none, auto, all, or [[ADDR][%IFACE]/]PORT[-PORT][:PORT[-PORT]],..., with ~PORT[-PORT] to leave out")
+	ports.StringArrayVarP(&o.udpIn, "udp-ports", "u", nil, "`SPEC`: publish UDP ports, likewise")
+	ports.StringArrayVarP(&o.tcpOut, "tcp-ns", "T", nil, "`SPEC`: forward TCP ports of the container's loopback to the host's")
+	ports.StringArrayVarP(&o.udpOut, "udp-ns", "U", nil, "`SPEC`: forward UDP ports of the container's loopback to the host's")
+	ports.BoolVar(&cfg.HostLoopbackToNSLoopback, "host-lo-to-ns-lo", false, "clients on the host's loopback reach the container's loopback, and are seen as 127.0.0.1 or ::1")
+
+	net := pflag.NewFlagSet("", pflag.ContinueOnError)
+	net.Var(&addrsFlag[netip.Prefix]{&network.Addrs, nil, parsePrefix}, "address", "`ADDR[/LEN]`: the container's address, one of each family (default 10.0.2.100/24, or in 10.0.3.0/24 and so on where the host is in that net, and fd67:6f66:7764::100/64)")
+	net.Var(&addrsFlag[netip.Addr]{&network.Gateways, nil, parseAddr}, "gateway", "`ADDR`: its default gateway, one of each family (default host 2 of the net)")
+	net.Var(&addrsFlag[netip.Addr]{&o.dns, &o.noDNS, parseAddr}, "dns", "`ADDR|none`: its nameserver (default host 3 of the net); one in the container's net leads to the host's nameservers, another is put into resolv.conf as it is")
+	net.Var(&addrsFlag[netip.Addr]{&network.DNS, nil, parseAddr}, "dns-forward", "`ADDR`: an address whose ports 53 and 853 lead to the host's nameservers (default that of --dns)")
+	net.BoolVar(&network.CopyHost, "config-net", false, "copy addresses and routes of the host's main interface instead")
+	net.StringVar(&network.IfName, "ifname", "tap0", "`NAME`: the container's interface")
+	net.IntVar(&network.MTU, "mtu", 1500, "`BYTES`: MTU of the interface; large segments make more than 1500 unnecessary")
+	net.BoolVarP(&o.only4, "ipv4-only", "4", false, "no IPv6")
+	net.BoolVarP(&o.only6, "ipv6-only", "6", false, "no IPv4")
+	net.Var(&addrsFlag[netip.Addr]{&network.HostAlias, &network.NoHostAlias, parseAddr}, "host-alias", "`ADDR|none`: what the container calls the host's main address, one of each family (default 169.254.1.2 and fd67:6f66:7764::1)")
+	net.Var(&addrsFlag[netip.Addr]{&network.MapHostLoopback, new(bool), parseAddr}, "map-host-loopback", "`ADDR|none`: what the container calls the host's loopback (default none: it does not reach it)")
+	net.BoolVar(&cfg.NoTCP, "no-tcp", false, "forward no TCP")
+	net.BoolVar(&cfg.NoUDP, "no-udp", false, "forward no UDP")
+	net.BoolVar(&cfg.NoICMP, "no-icmp", false, "forward no ping")
+	net.StringVar((*string)(&cfg.Datapath), "datapath", string(forward.Auto), "`auto|tap|kernel`: the path that TCP takes")
+
+	process := pflag.NewFlagSet("", pflag.ContinueOnError)
+	process.StringVar(&o.name, "name", "", "`NAME`: what gofwd status calls this instance (default after the command or the namespace)")
+	process.BoolVar(&o.detach, "detach", false, "go to the background, and return when ready")
+	process.StringVar(&o.pidFile, "pid-file", "", "`FILE`: write the process id to it when ready, and remove it at the end")
+	process.IntVar(&o.readyFD, "ready-fd", -1, "`FD`: write 1 to this descriptor when ready, and close it")
+	process.IntVar(&o.exitFD, "exit-fd", -1, "`FD`: end when this descriptor can be read or is closed at its other end")
+	process.StringVar(&o.pcap, "pcap", "", "`FILE`: capture the container's interface to it")
+	process.BoolVarP(&o.quiet, "quiet", "q", false, "print only warnings and errors")
+	process.StringVar(&o.logLevel, "log-level", "info", "`debug|info|warn|error`: log from here on; debug logs every connection")
+	process.StringVar(&o.logFormat, "log-format", "text", "`text|json`: how to log")
+	process.BoolVar(&o.inner, "inner", false, "")
+	process.StringVar(&o.innerNetNS, "inner-netns", "", "")
+	process.IntVar(&o.detachedFD, "detached-fd", -1, "")
+
+	return []flagSection{
+		{ownSection, own},
+		{"Ports", ports},
+		{"Network", net},
+		{"Process", process},
+	}
+}
+
+// complete checks what the flags say together, and fills in o.config.
+func (o *options) complete() error {
+	network := &o.config.Network
+	if o.only4 && o.only6 {
+		return errors.New("--ipv4-only and --ipv6-only exclude each other")
+	}
+	network.NoIPv4, network.NoIPv6 = o.only6, o.only4
+	if network.MTU < 68 || network.MTU > 65521 {
+		return fmt.Errorf("--mtu %d: not between 68 and 65521", network.MTU)
+	}
+	if n := len(network.IfName); n == 0 || n > 15 {
+		return fmt.Errorf("--ifname %q: not between 1 and 15 bytes", network.IfName)
+	}
+	switch o.config.Datapath {
+	case forward.Auto, forward.Tap, forward.Kernel:
+	default:
+		return fmt.Errorf("--datapath %q: not auto, tap or kernel", o.config.Datapath)
+	}
+	if _, err := o.level(); err != nil {
+		return err
+	}
+	if o.logFormat != "text" && o.logFormat != "json" {
+		return fmt.Errorf("--log-format %q: not text or json", o.logFormat)
+	}
+	if o.name != "" && !validName(o.name) {
+		return fmt.Errorf("--name %q: not a letter or digit and up to 63 of those, dot, dash and underscore", o.name)
+	}
+	addrs := make([]netip.Addr, len(network.Addrs))
+	for i, p := range network.Addrs {
+		addrs[i] = p.Addr()
+	}
+	if err := errors.Join(
+		oneOfEach("address", addrs),
+		oneOfEach("gateway", network.Gateways),
+		oneOfEach("host-alias", network.HostAlias),
+	); err != nil {
+		return err
+	}
+	if err := o.completeDNS(); err != nil {
+		return err
+	}
+	return o.completeRules()
+}
+
+// defaultNets are those of an address that --address does not say, to tell
+// whether a nameserver is in it.
+var defaultNets = []netip.Prefix{netip.MustParsePrefix("10.0.2.0/24"), netip.MustParsePrefix("fd67:6f66:7764::/64")}
+
+// completeDNS makes nameservers in the container's own net ours: nobody else
+// could answer there.
+func (o *options) completeDNS() error {
+	network := &o.config.Network
+	if o.noDNS {
+		if len(o.dns)+len(network.DNS) > 0 {
+			return errors.New("--dns none excludes other --dns and --dns-forward")
+		}
+		network.NoDNS = true
+		return nil
+	}
+	nets := slices.Concat(network.Addrs, defaultNets)
+	for _, a := range o.dns {
+		i := slices.IndexFunc(nets, func(p netip.Prefix) bool { return p.Addr().Is4() == a.Is4() })
+		if nets[i].Masked().Contains(a) && !slices.Contains(network.DNS, a) {
+			network.DNS = append(network.DNS, a)
+		}
+	}
+	return nil
+}
+
+// completeRules parses the ports.
+func (o *options) completeRules() error {
+	var rules []forward.Rule
+	for _, s := range o.publish {
+		r, err := forward.ParsePublish(s)
+		if err != nil {
+			return err
+		}
+		rules = append(rules, r...)
+	}
+	for _, flag := range []struct {
+		specs []string
+		dir   forward.Dir
+		proto forward.Proto
+	}{
+		{o.tcpIn, forward.In, forward.TCP},
+		{o.udpIn, forward.In, forward.UDP},
+		{o.tcpOut, forward.Out, forward.TCP},
+		{o.udpOut, forward.Out, forward.UDP},
+	} {
+		for _, s := range flag.specs {
+			r, err := forward.ParseSpec(flag.dir, flag.proto, s)
+			if err != nil {
+				return err
+			}
+			rules = append(rules, r...)
+		}
+	}
+	o.config.Rules = rules
+	return forward.Validate(rules)
+}
+
+// addrsFlag is a flag that takes one more address each time, and "none" where
+// there may be none.
+type addrsFlag[T any] struct {
+	to    *[]T
+	none  *bool // nil: not without
+	parse func(string) (T, error)
+}
+
+func (f *addrsFlag[T]) Set(s string) error {
+	if s == "none" && f.none != nil {
+		*f.none = true
+		return nil
+	}
+	v, err := f.parse(s)
+	if err != nil {
+		return err
+	}
+	*f.to = append(*f.to, v)
+	return nil
+}
+
+func (f *addrsFlag[T]) String() string { return "" }
+func (f *addrsFlag[T]) Type() string   { return "address" }
+
+// oneOfEach refuses two addresses of one family.
+func oneOfEach(flag string, addrs []netip.Addr) error {
+	for i, a := range addrs {
+		for _, b := range addrs[:i] {
+			if a.Is4() == b.Is4() {
+				return fmt.Errorf("--%s %s and %s: only one of each family", flag, b, a)
+			}
+		}
+	}
+	return nil
+}
+
+func parseAddr(s string) (netip.Addr, error) {
+	a, err := netip.ParseAddr(s)
+	if err != nil || a.Zone() != "" {
+		return netip.Addr{}, errors.New("not an IP address")
+	}
+	return a.Unmap(), nil
+}
+
+// parsePrefix parses ADDR or ADDR/LEN; without LEN it is that of the default
+// networks.
+func parsePrefix(s string) (netip.Prefix, error) {
+	if a, err := parseAddr(s); err == nil {
+		if a.Is4() {
+			return netip.PrefixFrom(a, 24), nil
+		}
+		return netip.PrefixFrom(a, 64), nil
+	}
+	p, err := netip.ParsePrefix(s)
+	if err != nil || p.Addr().Is4In6() {
+		return netip.Prefix{}, errors.New("not ADDR or ADDR/LEN")
+	}
+	return p, nil
+}

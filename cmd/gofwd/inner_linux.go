@@ -1,0 +1,231 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gofwd/gofwd/forward"
+	"github.com/gofwd/gofwd/forward/control"
+	"github.com/gofwd/gofwd/netnsutil"
+)
+
+// startTimeout bounds forward.Start. It takes some ten milliseconds; what can
+// hang is a port's holder that is being asked for its name.
+const startTimeout = 30 * time.Second
+
+// inner is the side that forwards; see outer_linux.go.
+type inner struct {
+	opts    *options
+	log     *slog.Logger
+	link    *os.File
+	control net.Listener
+	capture io.Writer // nil without --pcap
+	ns      *netnsutil.NS
+	own     chan os.Signal // that this process got, if it is one of its own
+
+	// Set by start.
+	forwarder *forward.Forwarder
+	ended     chan error // of forwarder.Wait
+	server    *http.Server
+}
+
+// newInner takes over what outer passed to this process.
+func newInner(o *options) (*inner, error) {
+	want := []string{"link", "control"}
+	if o.pcap != "" {
+		want = append(want, "capture")
+	}
+	if o.innerNetNS != "" {
+		want = append(want, "netns")
+	}
+	files := make(map[string]*os.File)
+	for n, what := range want {
+		f, err := inheritedFD("inner "+what, firstInnerFD+n)
+		if err != nil {
+			return nil, err
+		}
+		files[what] = f
+	}
+	if err := closeInheritedOnExec(); err != nil {
+		return nil, err
+	}
+	i := &inner{opts: o, log: o.logger(os.Stderr)}
+	if f := files["capture"]; f != nil {
+		i.capture = f
+	}
+	// The descriptor's flags came with it: it does not block, and so the
+	// runtime can wait for it together with everything else.
+	i.link = files["link"]
+	var err error
+	if i.control, err = net.FileListener(files["control"]); err != nil {
+		return nil, fmt.Errorf("take over control socket: %w", err)
+	}
+	files["control"].Close()
+	if f := files["netns"]; f != nil {
+		if i.ns, err = netnsutil.FromFile(f, o.innerNetNS); err != nil {
+			return nil, err
+		}
+	}
+	// Orders come through the link alone, but we have to live on. What is
+	// ignored, rather than caught, would be ignored by COMMAND too.
+	i.own = make(chan os.Signal, 16)
+	catchSignals(i.own)
+	return i, nil
+}
+
+// catchSignals delivers what is to be passed on to c, but for what nohup(1)
+// ignores.
+func catchSignals(c chan os.Signal) {
+	for _, s := range forwardedSignals {
+		if !signal.Ignored(s) {
+			signal.Notify(c, s)
+		}
+	}
+}
+
+// start brings up the forwards and their control socket. close ends both.
+func (i *inner) start(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startTimeout)
+	defer cancel()
+	cfg := i.opts.config
+	cfg.NetNS, cfg.Capture, cfg.Logger = i.ns, i.capture, i.log
+	f, err := forward.Start(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	i.forwarder = f
+	i.ended = make(chan error, 1)
+	go i.waitForwarder()
+	i.server = &http.Server{
+		Handler:           control.Handler(f),
+		ReadHeaderTimeout: 10 * time.Second,
+		ErrorLog:          slog.NewLogLogger(i.log.Handler(), slog.LevelDebug),
+	}
+	go i.serveControl()
+	if !i.opts.quiet {
+		printChosen(os.Stdout, f.Status())
+	}
+	return nil
+}
+
+func (i *inner) waitForwarder() { i.ended <- i.forwarder.Wait() }
+
+func (i *inner) serveControl() {
+	if err := i.server.Serve(i.control); !errors.Is(err, http.ErrServerClosed) {
+		i.log.Warn("gofwd status will not work", "err", err)
+	}
+}
+
+func (i *inner) close() error {
+	i.server.Close()
+	return i.forwarder.Close()
+}
+
+// ready tells outer that everything is up.
+func (i *inner) ready() error {
+	if i.opts.detachedFD >= 0 {
+		if err := releaseStdio(); err != nil {
+			return err
+		}
+	}
+	if _, err := i.link.Write([]byte{linkReady}); err != nil {
+		return fmt.Errorf("tell that gofwd is ready: %w", err)
+	}
+	return nil
+}
+
+// readSignals delivers the signals that outer sends, and closes orders when
+// outer is gone.
+func (i *inner) readSignals(orders chan<- syscall.Signal) {
+	defer close(orders)
+	b := make([]byte, 1)
+	for {
+		if _, err := i.link.Read(b); err != nil {
+			return
+		}
+		orders <- syscall.Signal(b[0])
+	}
+}
+
+// run runs argv in the namespace until it ends, and returns how.
+func (i *inner) run(ctx context.Context, argv []string) error {
+	if err := i.start(ctx); err != nil {
+		return err
+	}
+	defer i.close()
+	cmd := &command{
+		argv:       argv,
+		ns:         i.ns,
+		resolvConf: i.resolvConf(),
+		detached:   i.opts.detachedFD >= 0,
+		log:        i.log,
+	}
+	if err := cmd.start(); err != nil {
+		return err
+	}
+	orders := make(chan syscall.Signal)
+	go i.readSignals(orders)
+	filter := groupFilter{cmd: cmd}
+	err := i.ready()
+	for err == nil {
+		select {
+		case s, ok := <-orders:
+			if !ok {
+				err = errOuterGone
+				break
+			}
+			filter.order(s)
+		case s := <-i.own:
+			filter.got(s)
+		case <-filter.due:
+			filter.pass()
+		case err = <-i.ended:
+			if err == nil {
+				err = errors.New("forwarding ended")
+			}
+		case result := <-cmd.done:
+			return result
+		}
+	}
+	cmd.signal(unix.SIGKILL)
+	<-cmd.done
+	return err
+}
+
+// errOuterGone ends inner: somebody killed outer, or it wants the end.
+var errOuterGone = exitStatus(128 + int(unix.SIGKILL))
+
+// attach forwards until it is told to end, or the namespace has gone.
+func (i *inner) attach(ctx context.Context) error {
+	if err := i.start(ctx); err != nil {
+		return err
+	}
+	orders := make(chan syscall.Signal)
+	go i.readSignals(orders)
+	err := i.ready()
+	for err == nil {
+		select {
+		case s, ok := <-orders:
+			if !ok || s == unix.SIGTERM || s == unix.SIGINT || s == unix.SIGHUP || s == unix.SIGQUIT {
+				return i.close()
+			}
+		case err := <-i.ended:
+			if errors.Is(err, netnsutil.ErrGone) {
+				err = nil
+			}
+			return errors.Join(err, i.close())
+		}
+	}
+	return errors.Join(err, i.close())
+}

@@ -1,0 +1,142 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// newManCommand prints gofwd(1), one page with all verbs, made from the same
+// text as --help.
+func newManCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:    "man",
+		Short:  "print the man page, gofwd(1)",
+		Hidden: true,
+		Args:   noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			_, err := io.WriteString(cmd.OutOrStdout(), manPage(cmd.Root()))
+			return err
+		},
+	}
+}
+
+func manPage(root *cobra.Command) string {
+	m := &manWriter{}
+	m.macro("TH", "GOFWD", "1", "", "gofwd "+readVersion().Version, "User Commands")
+	m.macro("SH", "NAME")
+	m.line(root.Name() + " - " + root.Short)
+	m.macro("SH", "SYNOPSIS")
+	for _, cmd := range root.Commands() {
+		if !cmd.IsAvailableCommand() {
+			continue
+		}
+		m.macro("SY", "gofwd "+cmd.Name())
+		m.line(strings.TrimPrefix(cmd.Use, cmd.Name()+" "))
+		m.macro("YS")
+	}
+	m.macro("SH", "DESCRIPTION")
+	m.paragraphs(root.Long)
+	m.macro("SH", "COMMANDS")
+	for _, cmd := range root.Commands() {
+		if cmd.IsAvailableCommand() {
+			m.command(cmd)
+		}
+	}
+	m.macro("SH", "OPTIONS OF RUN AND ATTACH")
+	run, _, _ := root.Find([]string{"run"})
+	for _, s := range flagSections(run) {
+		if s.title != ownSection {
+			m.macro("SS", s.title)
+			s.VisitAll(m.flag)
+		}
+	}
+	m.macro("SH", "EXIT STATUS")
+	for _, e := range exitStatuses {
+		m.item(e[0], e[1])
+	}
+	m.macro("SH", "FILES")
+	m.item("$XDG_RUNTIME_DIR/gofwd/NAME.sock", "the control socket of an instance; /run/gofwd/NAME.sock for root, /tmp/gofwd-UID/NAME.sock where there is neither.")
+	m.macro("SH", "SEE ALSO")
+	m.line("pasta(1), podman-run(1), user_namespaces(7), network_namespaces(7)")
+	return m.String()
+}
+
+var exitStatuses = [][2]string{
+	{"0", "success; attach: the namespace is gone, or gofwd was told to end."},
+	{"1", "a failure, which one line on standard error describes."},
+	{"2", "the command line is wrong."},
+	{"126, 127", "run: COMMAND cannot be executed; does not exist."},
+	{"other", "run: the exit status of COMMAND; 128+N where signal N ended it."},
+}
+
+// manWriter writes man(7).
+type manWriter struct{ strings.Builder }
+
+func (m *manWriter) command(cmd *cobra.Command) {
+	m.macro("SS", "gofwd "+cmd.Use)
+	text := cmd.Long
+	if text == "" {
+		text = strings.ToUpper(cmd.Short[:1]) + cmd.Short[1:] + "."
+	}
+	m.paragraphs(text)
+	for _, s := range flagSections(cmd) {
+		if s.title == ownSection {
+			s.VisitAll(m.flag)
+		}
+	}
+	if cmd.HasExample() {
+		m.macro("PP")
+		m.macro("I", "Examples:")
+		m.macro("PP")
+		m.macro("nf")
+		for l := range strings.Lines(cmd.Example) {
+			m.line(strings.TrimRight(l, "\n"))
+		}
+		m.macro("fi")
+	}
+}
+
+func (m *manWriter) flag(f *pflag.Flag) { m.item(describeFlag(f)) }
+
+func (m *manWriter) item(term, text string) {
+	m.macro("TP")
+	m.macro("B", term)
+	m.line(text)
+}
+
+func (m *manWriter) paragraphs(text string) {
+	for i, p := range strings.Split(strings.TrimSpace(text), "\n\n") {
+		if i > 0 {
+			m.macro("PP")
+		}
+		m.line(p)
+	}
+}
+
+// macro writes a request, with its arguments quoted.
+func (m *manWriter) macro(name string, args ...string) {
+	m.WriteString("." + name)
+	for _, a := range args {
+		fmt.Fprintf(m, ` "%s"`, strings.ReplaceAll(escapeMan(a), `"`, `\(dq`))
+	}
+	m.WriteByte('\n')
+}
+
+// line writes text. A dot or quote at the start of a line would be a request.
+func (m *manWriter) line(text string) {
+	for l := range strings.Lines(escapeMan(text)) {
+		if strings.HasPrefix(l, ".") || strings.HasPrefix(l, "'") {
+			m.WriteString(`\&`)
+		}
+		m.WriteString(l)
+	}
+	m.WriteByte('\n')
+}
+
+func escapeMan(s string) string {
+	return strings.NewReplacer(`\`, `\e`, "-", `\-`).Replace(s)
+}

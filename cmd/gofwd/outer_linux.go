@@ -1,0 +1,315 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gofwd/gofwd/netnsutil"
+)
+
+// # Theory of operation
+//
+// Forwarding needs all capabilities in the user namespace that owns the
+// container's network namespace, while it stays in the host's network namespace.
+// A Go process can't enter a user namespace, so there are two processes:
+//
+//	outer                               inner
+//	what the user started               root in the user namespace
+//	─────────────────────────────────   ──────────────────────────────────────
+//	command line, names in the file     forward.Start: tap, listeners
+//	system: control socket, pid file,   the control socket's HTTP
+//	capture; --ready-fd, --exit-fd      run: COMMAND, in the network namespace
+//	                                         and in a mount namespace of its own
+//	           ── link: signals ──►
+//	           ◄── link: ready ───
+//	waits for inner, ends as it did     end of the link: ends
+//
+// The inner process is gofwd with the same command line and --inner, so that
+// both parse the same options. Whatever needs the user's own rights in the file
+// system is opened by outer: under podman's --userns=auto, inner is somebody
+// else.
+//
+// The link is a socket pair. Outer sends the numbers of signals, inner one byte
+// when it is ready; whoever reads its end knows that the other is gone, kill -9
+// included. All three processes stay in the process group of the shell's job:
+// the terminal's ^C and ^Z reach COMMAND by themselves. Outer and inner outlive
+// ^C, and stop and continue on ^Z and fg like any job. A signal that inner gets
+// as well as outer was sent to the group, and isn't passed on a second time.
+//
+// attach in the user namespace where it runs already (root, podman unshare)
+// needs one process; then inner is a goroutine.
+
+// linkReady is inner's message to outer.
+const linkReady = 'r'
+
+// firstInnerFD is the first descriptor that a spawned inner process takes over:
+// the link, the control socket, the capture if there is --pcap, and attach's
+// namespace.
+const firstInnerFD = 3
+
+// forwardedSignals are passed to inner, and by it to COMMAND. The rest is left
+// to the process group: WINCH is only ever sent by the terminal, TSTP and CONT
+// are about this process.
+var forwardedSignals = []os.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGQUIT, unix.SIGTERM, unix.SIGUSR1, unix.SIGUSR2}
+
+// outer is the side that has names: all that is known about an instance outside
+// of it.
+type outer struct {
+	opts *options
+	log  *slog.Logger
+	argv []string
+
+	control  *net.UnixListener
+	socket   ownFile
+	capture  *os.File // nil without --pcap
+	pid      *pidFile // nil without --pid-file
+	readyFD  *os.File // nil without --ready-fd
+	exitFD   *os.File // nil without --exit-fd
+	detached *os.File // nil without --detach
+	notify   string   // $NOTIFY_SOCKET
+}
+
+// openOuter opens everything, or nothing. hint is what to name the instance
+// after.
+func openOuter(o *options, argv []string, hint string) (_ *outer, err error) {
+	u := &outer{opts: o, log: o.logger(os.Stderr), argv: argv, notify: os.Getenv("NOTIFY_SOCKET")}
+	// It is ours to answer, not COMMAND's.
+	os.Unsetenv("NOTIFY_SOCKET")
+	defer func() {
+		if err != nil {
+			u.close()
+		}
+	}()
+	for _, in := range []struct {
+		option string
+		fd     int
+		file   **os.File
+	}{{"ready-fd", o.readyFD, &u.readyFD}, {"exit-fd", o.exitFD, &u.exitFD}, {"detached-fd", o.detachedFD, &u.detached}} {
+		if in.fd < 0 {
+			continue
+		}
+		if *in.file, err = inheritedFD(in.option, in.fd); err != nil {
+			return nil, err
+		}
+	}
+	if err := closeInheritedOnExec(); err != nil {
+		return nil, err
+	}
+	if o.pcap != "" {
+		if u.capture, err = openCapture(o.pcap); err != nil {
+			return nil, err
+		}
+	}
+	if o.pidFile != "" {
+		if u.pid, err = openPIDFile(o.pidFile); err != nil {
+			return nil, err
+		}
+	}
+	if u.control, u.socket, err = listenControl(o.name, hint); err != nil {
+		return nil, err
+	}
+	return u, nil
+}
+
+// close lets go of everything, and removes what had a name.
+func (u *outer) close() {
+	if u.control != nil {
+		u.socket.remove()
+		u.control.Close()
+	}
+	if u.pid != nil {
+		u.pid.remove()
+	}
+	for _, f := range []*os.File{u.capture, u.readyFD, u.exitFD, u.detached} {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// inside is the inner side as outer sees it: its end of the link, and how it
+// ends.
+type inside struct {
+	link *os.File
+	done chan error
+}
+
+// spawn starts the inner process. cfg says in which user namespace; ns is
+// attach's network namespace.
+func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, error) {
+	ours, theirs, err := newLink()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	control, err := u.control.File()
+	if err != nil {
+		ours.Close()
+		return nil, fmt.Errorf("pass control socket: %w", err)
+	}
+	defer control.Close()
+	cfg.Files = []*os.File{os.Stdin, os.Stdout, os.Stderr, theirs, control}
+	if u.capture != nil {
+		cfg.Files = append(cfg.Files, u.capture)
+	}
+	path := ""
+	if ns != nil {
+		path = ns.Path()
+		f, err := dupNS(ns)
+		if err != nil {
+			ours.Close()
+			return nil, err
+		}
+		defer f.Close()
+		cfg.Files = append(cfg.Files, f)
+	}
+	cfg.Args = append([]string{u.argv[0], u.argv[1], "--inner", "--inner-netns=" + path}, u.argv[2:]...)
+	proc, err := netnsutil.Spawn(cfg)
+	if err != nil {
+		ours.Close()
+		return nil, err
+	}
+	in := &inside{link: ours, done: make(chan error, 1)}
+	go in.waitProcess(proc)
+	return in, nil
+}
+
+// dupNS returns a file that is the namespace, and the caller's to close.
+func dupNS(ns *netnsutil.NS) (*os.File, error) {
+	fd, err := unix.FcntlInt(uintptr(ns.Fd()), unix.F_DUPFD_CLOEXEC, firstInnerFD)
+	if err != nil {
+		return nil, fmt.Errorf("pass network namespace: %w", os.NewSyscallError("fcntl", err))
+	}
+	return os.NewFile(uintptr(fd), ns.String()), nil
+}
+
+// waitProcess waits for the inner process, which has said itself what went
+// wrong if it could.
+func (in *inside) waitProcess(proc *os.Process) {
+	state, err := proc.Wait()
+	if err == nil {
+		err = waitStatus(state)
+		if ws, ok := state.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+			err = &codedError{fmt.Errorf("the process that forwards, %d, was ended by a signal: %s", proc.Pid, ws.Signal()), 128 + int(ws.Signal())}
+		}
+	}
+	in.done <- err
+}
+
+// supervise passes signals on, makes readiness known, and returns how inner
+// ended. gone, if not nil, ends inner too.
+func (u *outer) supervise(in *inside, gone <-chan struct{}) error {
+	defer in.link.Close()
+	signals := make(chan os.Signal, 16)
+	catchSignals(signals)
+	defer signal.Stop(signals)
+	ready := make(chan struct{})
+	go in.waitReady(ready)
+	exit := make(chan struct{})
+	if u.exitFD != nil {
+		go waitExit(u.exitFD, exit)
+	}
+
+	var failed error
+	for {
+		select {
+		case s := <-signals:
+			in.send(s)
+		case <-ready:
+			ready = nil
+			if failed = u.announce(); failed != nil {
+				in.link.Close()
+			}
+		case <-exit:
+			exit = nil
+			in.link.Close()
+		case <-gone:
+			gone = nil
+			in.link.Close()
+		case err := <-in.done:
+			if failed != nil {
+				return failed
+			}
+			return err
+		}
+	}
+}
+
+// waitReady closes ready when inner says so.
+func (in *inside) waitReady(ready chan<- struct{}) {
+	b := make([]byte, 1)
+	if _, err := in.link.Read(b); err == nil && b[0] == linkReady {
+		close(ready)
+	}
+}
+
+// send passes a signal to inner. One that can't be told any more is ending.
+func (in *inside) send(s os.Signal) {
+	if n, ok := s.(unix.Signal); ok {
+		_, _ = in.link.Write([]byte{byte(n)})
+	}
+}
+
+func waitExit(f *os.File, exit chan<- struct{}) {
+	waitReadable(f)
+	close(exit)
+}
+
+// announce tells everybody who asked that the forwards are up.
+func (u *outer) announce() error {
+	if u.pid != nil {
+		if err := u.pid.write(); err != nil {
+			return err
+		}
+	}
+	if err := notifySystemd(u.notify); err != nil {
+		u.log.Warn("systemd was not told that gofwd is ready", "err", err)
+	}
+	if u.detached != nil {
+		if err := releaseStdio(); err != nil {
+			return err
+		}
+	}
+	for _, f := range []*os.File{u.readyFD, u.detached} {
+		if f == nil {
+			continue
+		}
+		// As slirp4netns(1) does: "1", then the end.
+		if _, err := f.WriteString("1"); err != nil {
+			u.log.Warn("whoever waits for readiness went away", "err", err)
+		}
+		f.Close()
+	}
+	return nil
+}
+
+// newLink makes the socket pair between outer and inner.
+func newLink() (ours, theirs *os.File, err error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("make link: %w", os.NewSyscallError("socketpair", err))
+	}
+	return os.NewFile(uintptr(pair[0]), "link"), os.NewFile(uintptr(pair[1]), "link"), nil
+}
+
+// serveHere runs inner in this process.
+func (u *outer) serveHere(ctx context.Context, ns *netnsutil.NS) (*inside, error) {
+	ours, theirs, err := newLink()
+	if err != nil {
+		return nil, err
+	}
+	in := &inside{link: ours, done: make(chan error, 1)}
+	i := &inner{opts: u.opts, log: u.log, link: theirs, control: u.control, ns: ns}
+	if u.capture != nil {
+		i.capture = u.capture
+	}
+	go func() { in.done <- i.attach(ctx) }()
+	return in, nil
+}

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Every instance has a control socket NAME.sock in the runtime directory of its
+// user. A socket that nobody listens on was left by a process that was killed;
+// whoever finds it removes it.
+
+const socketSuffix = ".sock"
+
+var nameRE = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$`)
+
+func validName(name string) bool { return nameRE.MatchString(name) }
+
+// toName makes a valid name of any text.
+func toName(s string) string {
+	s = strings.Map(func(r rune) rune {
+		if validName("a" + string(r)) {
+			return r
+		}
+		return '-'
+	}, s)
+	s = strings.TrimLeft(s, "-_.")
+	if len(s) > 48 {
+		s = s[:48]
+	}
+	if s == "" {
+		return "gofwd"
+	}
+	return s
+}
+
+// runtimeDir returns the directory for control sockets: /run/gofwd for root,
+// $XDG_RUNTIME_DIR/gofwd for users, /tmp/gofwd-UID where that is not set. It is
+// made if there is none, and is known to belong to the user alone.
+func runtimeDir() (string, error) {
+	uid := os.Geteuid()
+	dir := filepath.Join(os.TempDir(), "gofwd-"+strconv.Itoa(uid))
+	if xdg := os.Getenv("XDG_RUNTIME_DIR"); uid == 0 && inInitialUserNS() {
+		dir = "/run/gofwd"
+	} else if xdg != "" && ownedBy(xdg, uid) {
+		dir = filepath.Join(xdg, "gofwd")
+	}
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", fmt.Errorf("make runtime directory: %w", err)
+	}
+	// The name under /tmp is anybody's to take.
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		return "", &os.PathError{Op: "lstat", Path: dir, Err: err}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR || int(st.Uid) != uid || st.Mode&0o077 != 0 {
+		return "", &hintedError{
+			fmt.Errorf("runtime directory %s: not a directory that is ours alone", dir),
+			"remove it, or set XDG_RUNTIME_DIR",
+		}
+	}
+	return dir, nil
+}
+
+func ownedBy(dir string, uid int) bool {
+	var st unix.Stat_t
+	return unix.Stat(dir, &st) == nil && int(st.Uid) == uid
+}
+
+// inInitialUserNS reports whether root is the real root. A user namespace can be
+// made that looks the same, but only by the real root.
+func inInitialUserNS() bool {
+	m, err := os.ReadFile("/proc/self/uid_map")
+	return err == nil && strings.Join(strings.Fields(string(m)), " ") == "0 0 4294967295"
+}
+
+// listenControl makes the control socket of an instance. If name is "", it is
+// made of hint, with a number where that is taken. The caller removes it at the
+// end, with removeOwn.
+func listenControl(name, hint string) (*net.UnixListener, ownFile, error) {
+	dir, err := runtimeDir()
+	if err != nil {
+		return nil, ownFile{}, err
+	}
+	// Between finding a stale socket and taking its place nobody else may
+	// do the same.
+	lock, err := os.Open(dir)
+	if err != nil {
+		return nil, ownFile{}, fmt.Errorf("open runtime directory: %w", err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return nil, ownFile{}, fmt.Errorf("lock runtime directory: %w", err)
+	}
+	derived := toName(hint)
+	for n := 1; ; n++ {
+		try := name
+		switch {
+		case name != "":
+		case n == 1:
+			try = derived
+		default:
+			try = derived + "-" + strconv.Itoa(n)
+		}
+		path := filepath.Join(dir, try+socketSuffix)
+		pid, alive := socketHolder(path)
+		if alive && name == "" {
+			continue
+		}
+		if alive {
+			return nil, ownFile{}, &hintedError{
+				fmt.Errorf("name %q: taken by gofwd process %d", name, pid),
+				"choose another --name, or end that one",
+			}
+		}
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, ownFile{}, fmt.Errorf("remove stale control socket: %w", err)
+		}
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			return nil, ownFile{}, fmt.Errorf("make control socket: %w", err)
+		}
+		l.SetUnlinkOnClose(false)
+		own, err := newOwnFile(path)
+		if err = errors.Join(err, os.Chmod(path, 0o600)); err != nil {
+			l.Close()
+			return nil, ownFile{}, fmt.Errorf("make control socket: %w", err)
+		}
+		return l, own, nil
+	}
+}
+
+// socketHolder reports whether somebody listens on a socket, and who.
+func socketHolder(path string) (pid int, alive bool) {
+	c, err := net.DialTimeout("unix", path, time.Second)
+	if err != nil {
+		// E.g. EAGAIN: its queue is full.
+		return 0, !isNobodyThere(err)
+	}
+	defer c.Close()
+	return peerPID(c), true
+}
+
+// peerPID returns the process that listens at the other end of c, 0 if it can't
+// be told (another PID namespace).
+func peerPID(c net.Conn) int {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return 0
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	pid := 0
+	_ = raw.Control(func(fd uintptr) {
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			pid = int(cred.Pid)
+		}
+	})
+	return pid
+}
+
+// ownFile is a file that has a name only while gofwd runs.
+type ownFile struct {
+	path     string
+	dev, ino uint64
+}
+
+func newOwnFile(path string) (ownFile, error) {
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return ownFile{}, &os.PathError{Op: "lstat", Path: path, Err: err}
+	}
+	return ownFile{path, uint64(st.Dev), st.Ino}, nil //nolint:unconvert // Dev is 32 bits wide on some
+}
+
+// remove removes the file unless another one has its name by now.
+func (f ownFile) remove() {
+	if now, err := newOwnFile(f.path); err == nil && now == f {
+		_ = os.Remove(f.path)
+	}
+}
+
+// isNobodyThere reports whether a dial failed because the socket is stale or has
+// never been there.
+func isNobodyThere(err error) bool {
+	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist)
+}

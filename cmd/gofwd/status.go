@@ -1,0 +1,204 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/gofwd/gofwd/forward"
+)
+
+// instanceStatus is what one instance says about itself, and who it is.
+type instanceStatus struct {
+	Name string `json:"name"`
+	PID  int    `json:"pid"`
+	forward.Status
+}
+
+func newStatusCommand() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "status [--json] [NAME]",
+		Short: "show what runs",
+		Long: `Show the instances of gofwd that run, or the one called NAME: their forwards, the
+path that connections take and why, how many there are, and how many bytes went
+in and out.`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 1 {
+				return usagef(cmd, "unexpected argument %q", args[1])
+			}
+			if len(args) == 1 && !validName(args[0]) {
+				return usagef(cmd, "%q is not a name", args[0])
+			}
+			return nil
+		},
+		ValidArgsFunction: completeInstances,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name := ""
+			if len(args) > 0 {
+				name = args[0]
+			}
+			return showStatus(cmd.Context(), cmd.OutOrStdout(), name, asJSON)
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON: an array, or with NAME an object")
+	return cmd
+}
+
+func showStatus(ctx context.Context, w io.Writer, name string, asJSON bool) error {
+	dir, err := runtimeDir()
+	if err != nil {
+		return err
+	}
+	names := []string{name}
+	if name == "" {
+		if names, err = instanceNames(dir); err != nil {
+			return err
+		}
+	}
+	all := []instanceStatus{}
+	for _, n := range names {
+		s, err := queryStatus(ctx, filepath.Join(dir, n+socketSuffix))
+		switch {
+		case err == nil:
+			s.Name = n
+			all = append(all, s)
+		case !isNobodyThere(err):
+			return fmt.Errorf("ask %s for its status: %w", n, err)
+		case name != "":
+			return &hintedError{fmt.Errorf("no gofwd named %q runs", name), "gofwd status lists those that do"}
+		}
+	}
+	switch {
+	case asJSON && name != "":
+		return printJSON(w, all[0])
+	case asJSON:
+		return printJSON(w, all)
+	}
+	for i, s := range all {
+		if i > 0 {
+			fmt.Fprintln(w)
+		}
+		s.print(w)
+	}
+	return nil
+}
+
+// instanceNames lists the sockets of a runtime directory.
+func instanceNames(dir string) ([]string, error) {
+	sockets, err := filepath.Glob(filepath.Join(dir, "*"+socketSuffix))
+	if err != nil {
+		return nil, fmt.Errorf("list instances: %w", err)
+	}
+	for i, s := range sockets {
+		sockets[i] = strings.TrimSuffix(filepath.Base(s), socketSuffix)
+	}
+	return sockets, nil
+}
+
+func completeInstances(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	const noFiles = cobra.ShellCompDirectiveNoFileComp
+	dir, err := runtimeDir()
+	if err != nil || len(args) > 0 {
+		return nil, noFiles
+	}
+	names, err := instanceNames(dir)
+	if err != nil {
+		return nil, noFiles
+	}
+	return names, noFiles
+}
+
+// queryStatus asks the instance behind a control socket.
+func queryStatus(ctx context.Context, socket string) (instanceStatus, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var s instanceStatus
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		c, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+		if err == nil {
+			s.PID = peerPID(c)
+		}
+		return c, err
+	}
+	client := &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://gofwd/v1/status", nil)
+	if err != nil {
+		return s, err
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return s, errors.Unwrap(err) // a url.Error, and there is no such URL
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return s, errors.New(resp.Status)
+	}
+	return s, json.NewDecoder(resp.Body).Decode(&s.Status)
+}
+
+// print shows an instance to people.
+func (s *instanceStatus) print(w io.Writer) {
+	fmt.Fprintf(w, "%s: pid %d, namespace %s, up %s\n", s.Name, s.PID, s.NetNS, time.Since(s.Started).Round(time.Second))
+	fmt.Fprintf(w, "  %s mtu %d, %s, gateway %s, dns %s, host alias %s\n", s.IfName, s.MTU,
+		list(s.Addrs), list(s.Gateway), list(s.DNS), list(s.Alias))
+	if len(s.Rules) > 0 {
+		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(t, "  FORWARD\tBOUND\tPATH\tACTIVE\tTOTAL\tIN\tOUT\tWHY")
+		for _, r := range s.Rules {
+			bound := "-"
+			if len(r.Bound) > 0 {
+				bound = r.Bound[0].String()
+			}
+			if n := len(r.Bound); n > 1 {
+				bound += fmt.Sprintf(" and %d more", n-1)
+			}
+			fmt.Fprintf(t, "  %s\t%s\t%s\t%d\t%d\t%s\t%s\t%s\n", r.Rule, bound, r.Path,
+				r.Active, r.Total, byteSize(r.BytesIn), byteSize(r.BytesOut), r.Reason)
+		}
+		t.Flush()
+	}
+	for _, n := range s.Notes {
+		fmt.Fprintln(w, "  note: "+n)
+	}
+}
+
+// list joins values for people; none is "none".
+func list[T fmt.Stringer](values []T) string {
+	if len(values) == 0 {
+		return "none"
+	}
+	words := make([]string, len(values))
+	for i, v := range values {
+		words[i] = v.String()
+	}
+	return strings.Join(words, " ")
+}
+
+// byteSize is n in a unit that leaves up to four digits.
+func byteSize(n int64) string {
+	if n < 1000 {
+		return fmt.Sprintf("%d B", n)
+	}
+	f, unit := float64(n), -1
+	for f >= 999.95 && unit < 4 {
+		f, unit = f/1000, unit+1
+	}
+	return fmt.Sprintf("%.1f %cB", f, "kMGTP"[unit])
+}
+
+func printJSON(w io.Writer, v any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(v)
+}
