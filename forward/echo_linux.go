@@ -111,17 +111,19 @@ func (p *pinger) note() string {
 
 // fromNamespace is the stack's callback for echo requests: it never blocks.
 func (p *pinger) fromNamespace(q *stack.Echo) {
-	to, err := p.addrs.destination(netip.AddrPortFrom(q.Dst, 0))
-	switch {
-	case p.addrs.ours(q.Dst):
-		// We are what is pinged.
-		p.answer(&stack.Echo{Src: q.Dst, Dst: q.Src, ID: q.ID, Seq: q.Seq, TTL: 64, Payload: q.Payload})
+	if p.addrs.ours(q.Dst) {
+		p.answer(&stack.Echo{Src: q.Dst, Dst: q.Src, ID: q.ID, Seq: q.Seq, TTL: defaultTTL, Payload: q.Payload})
 		return
-	case err == nil:
+	}
+	to, err := p.addrs.destination(netip.AddrPortFrom(q.Dst, 0))
+	if err == nil {
 		err = p.send(q, to.Addr())
 	}
-	if err != nil && !errors.Is(err, unix.EAGAIN) {
-		p.fail(q, unreachable(q.Dst.Is4()))
+	var errno syscall.Errno
+	if errors.As(err, &errno) {
+		if e, ok := icmpErrorOf(errno, q.Dst.Is4()); ok {
+			p.fail(q, e)
+		}
 	}
 }
 
@@ -135,7 +137,7 @@ func (p *pinger) send(q *stack.Echo, to netip.Addr) error {
 		s = p.v4
 	}
 	if s == nil {
-		return unix.EAGAIN // nobody's error: no answer, and a note in the status
+		return nil // the network's silence, and a note in the status
 	}
 	return s.sendLocked(q, to)
 }
@@ -164,14 +166,6 @@ func (p *pinger) close() {
 	p.v4, p.v6 = nil, nil
 	p.mu.Unlock()
 	p.wg.Wait()
-}
-
-// unreachable is the ICMP error of a router that knows no way.
-func unreachable(is4 bool) stack.ICMPError {
-	if is4 {
-		return stack.ICMPError{Type: 3, Code: 1} // host unreachable, RFC 792
-	}
-	return stack.ICMPError{Type: 1, Code: 0} // no route to destination, RFC 4443
 }
 
 // pingSocket is the ping socket of one family. The pinger's mutex guards the
@@ -301,9 +295,9 @@ func (s *pingSocket) receiveReply(msg, oob []byte, from unix.Sockaddr) {
 }
 
 // receiveError passes on what IP_RECVERR says about a request, of which msg is
-// the beginning (ip(7)).
+// the beginning (ip(7), ping_err in net/ipv4/ping.c).
 func (s *pingSocket) receiveError(msg, oob []byte) {
-	e, ok := parseRecvErr(oob)
+	ee, from, ok := parseError(oob)
 	if !ok || len(msg) < 8 {
 		return
 	}
@@ -311,8 +305,13 @@ func (s *pingSocket) receiveError(msg, oob []byte) {
 	if !ok {
 		return
 	}
-	if e.From == sent.to {
-		e.From = netip.Addr{} // as the container knows it: the destination
+	e, ok := translate(ee, s.is4, sent.dst.Is4())
+	if !ok {
+		return
+	}
+	// As the container knows it: the zero Addr is the destination.
+	if from = from.WithZone(""); from != sent.to && !from.IsUnspecified() {
+		e.From = from
 	}
 	s.p.fail(&stack.Echo{
 		Src: sent.src, Dst: sent.dst, ID: sent.id, Seq: sent.seq, TTL: sent.ttl, Payload: msg[8:],
@@ -331,64 +330,18 @@ func (s *pingSocket) take(seq uint16) (pingSent, bool) {
 // hopLimit returns the TTL or hop limit in a message's control data, 64 if there
 // is none.
 func hopLimit(oob []byte) uint8 {
-	msgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return 64
-	}
-	for _, m := range msgs {
-		v4 := m.Header.Level == unix.IPPROTO_IP && m.Header.Type == unix.IP_TTL
-		v6 := m.Header.Level == unix.IPPROTO_IPV6 && m.Header.Type == unix.IPV6_HOPLIMIT
-		if (v4 || v6) && len(m.Data) >= 4 {
-			return uint8(binary.NativeEndian.Uint32(m.Data))
+	for {
+		level, typ, data, rest, ok := nextCmsg(oob)
+		if !ok {
+			return 64
 		}
-	}
-	return 64
-}
-
-// parseRecvErr returns the ICMP error in a message's control data: struct
-// sock_extended_err, and behind it the address of who sent it (ip(7), ipv6(7)).
-// Errors of the host itself have no such address, and become what a router would
-// have said.
-func parseRecvErr(oob []byte) (stack.ICMPError, bool) {
-	msgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return stack.ICMPError{}, false
-	}
-	for _, m := range msgs {
-		v4 := m.Header.Level == unix.IPPROTO_IP && m.Header.Type == unix.IP_RECVERR
-		v6 := m.Header.Level == unix.IPPROTO_IPV6 && m.Header.Type == unix.IPV6_RECVERR
-		if !v4 && !v6 || len(m.Data) < 16 {
-			continue
+		v4 := level == unix.SOL_IP && typ == unix.IP_TTL
+		v6 := level == unix.SOL_IPV6 && typ == unix.IPV6_HOPLIMIT
+		if (v4 || v6) && len(data) >= 4 {
+			return uint8(binary.NativeEndian.Uint32(data))
 		}
-		e := stack.ICMPError{Type: m.Data[5], Code: m.Data[6], Info: binary.NativeEndian.Uint32(m.Data[8:])}
-		switch origin := m.Data[4]; {
-		case origin == unix.SO_EE_ORIGIN_ICMP || origin == unix.SO_EE_ORIGIN_ICMP6:
-			e.From = rawAddr(m.Data[16:])
-		case binary.NativeEndian.Uint32(m.Data) == uint32(unix.EMSGSIZE):
-			e.Type, e.Code = 2, 0 // packet too big
-			if v4 {
-				e.Type, e.Code = 3, 4 // fragmentation needed
-			}
-		default:
-			e = unreachable(v4)
-		}
-		return e, true
+		oob = rest
 	}
-	return stack.ICMPError{}, false
-}
-
-// rawAddr returns the address in a struct sockaddr_in or sockaddr_in6.
-func rawAddr(b []byte) netip.Addr {
-	if len(b) < 8 {
-		return netip.Addr{}
-	}
-	switch family := binary.NativeEndian.Uint16(b); {
-	case family == unix.AF_INET:
-		return netip.AddrFrom4([4]byte(b[4:8]))
-	case family == unix.AF_INET6 && len(b) >= 24:
-		return netip.AddrFrom16([16]byte(b[8:24])).Unmap()
-	}
-	return netip.Addr{}
 }
 
 // fromSockaddr returns the address in sa, without zone.

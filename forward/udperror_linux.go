@@ -118,8 +118,13 @@ func (m *errorMessage) recv(s *udpSocket) (n int, ok bool) {
 
 // parse returns the error, and the address of who reports it, if that is known.
 func (m *errorMessage) parse() (ee unix.SockExtendedErr, from netip.Addr, ok bool) {
-	b := m.ctrl.bytes()[:m.hdr.Controllen]
-	for {
+	return parseError(m.ctrl.bytes()[:m.hdr.Controllen])
+}
+
+// parseError returns the error in the control data of a message from an error
+// queue, and the address of who reports it, if that is known.
+func parseError(ctrl []byte) (ee unix.SockExtendedErr, from netip.Addr, ok bool) {
+	for b := ctrl; ; {
 		level, typ, data, rest, more := nextCmsg(b)
 		if !more {
 			return ee, from, false
