@@ -63,8 +63,8 @@ func TestRun(t *testing.T) {
 	}{
 		{name: "root", script: "id -u", want: "0\n"},
 		{name: "standard input", script: "cat", want: "standard input\n"},
-		{name: "address", script: "ip -o -4 addr show tap0 | awk '{print $4}'", want: "10.0.2.100/24\n"},
-		{name: "IPv6 address", script: "ip -o -6 addr show tap0 scope global | awk '{print $4}'", want: "fd67:6f66:7764::100/64\n"},
+		{name: "address", script: "ip -o -4 addr show tap0 | grep -o 'inet [^ ]*'", want: "inet 10.0.2.100/24\n"},
+		{name: "IPv6 address", script: "ip -o -6 addr show tap0 scope global | grep -o 'inet6 [^ ]*'", want: "inet6 fd67:6f66:7764::100/64\n"},
 		{name: "loopback is up", script: "ping -c 1 -n 127.0.0.1 >/dev/null && echo up", want: "up\n"},
 		{name: "MTU", script: "cat /sys/class/net/tap0/mtu || ip -o link show tap0 | grep -o 'mtu [0-9]*'", want: "mtu 1400\n", opts: []string{"--mtu", "1400"}},
 		{name: "resolv.conf", script: "grep nameserver /etc/resolv.conf | head -1", want: "nameserver 10.0.2.3\n"},
