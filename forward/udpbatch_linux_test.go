@@ -258,6 +258,34 @@ func FuzzControlMessages(f *testing.F) {
 	})
 }
 
+// One batch serves sockets of both families: what is left of a longer address is
+// no part of a shorter one.
+func TestRecvBatchServesBothFamilies(t *testing.T) {
+	b := newRecvBatch()
+	for _, lo := range []string{"[::1]:0", "127.0.0.1:0", "[::1]:0"} {
+		from, to := listenUDP(t, lo), listenUDP(t, lo)
+		fd, err := adoptUDP(to)
+		require.NoError(t, err)
+		s := &udpSocket{fd: fd, v6: isV6(fd)}
+		t.Cleanup(func() { unix.Close(fd) })
+		sa, err := unix.Getsockname(fd)
+		require.NoError(t, err)
+		_, err = from.WriteToUDPAddrPort([]byte("x"), netip.AddrPortFrom(addrOf(from).Addr(), portOf(sa)))
+		require.NoError(t, err)
+		require.Eventually(t, func() bool { return b.recv(s) == 1 }, time.Second, time.Millisecond)
+		var opt recvOptions
+		name, _ := b.message(0, &opt)
+		require.Equal(t, sockaddrOf(addrOf(from), s.v6), *name, "%s", lo)
+	}
+}
+
+func portOf(sa unix.Sockaddr) uint16 {
+	if sa, ok := sa.(*unix.SockaddrInet6); ok {
+		return uint16(sa.Port)
+	}
+	return uint16(sa.(*unix.SockaddrInet4).Port)
+}
+
 func TestSockaddrRoundTrip(t *testing.T) {
 	for _, s := range []string{"192.0.2.1:53", "[2001:db8::1]:65535", "[::]:1"} {
 		ap := netip.MustParseAddrPort(s)
