@@ -92,7 +92,6 @@ func (w *udpWorker) readErrors(s *udpSocket) {
 // error is fetched, or the socket would be ready for ever.
 func (m *errorMessage) recv(s *udpSocket) (n int, ok bool) {
 	m.name = sockaddr{} // as in recvBatch.recv
-	m.name = sockaddr{} // an IPv4 one leaves the end of an IPv6 one
 	m.iov.Base = &m.buf[0]
 	m.iov.SetLen(len(m.buf))
 	m.hdr = unix.Msghdr{
