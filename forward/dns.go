@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -58,21 +59,20 @@ func (n *nameservers) next() (netip.Addr, error) {
 	return best, nil
 }
 
-// failed says that server did not answer, or answered with an ICMP error.
-func (n *nameservers) failed(server netip.Addr) {
+// report says whether server answered. One that did not, or answered with an ICMP
+// error or RST, is asked later. Of a server that is not the host's nothing is kept.
+func (n *nameservers) report(server netip.Addr, answered bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.failure == nil {
-		n.failure = make(map[netip.Addr]time.Time)
+	switch {
+	case answered:
+		delete(n.failure, server)
+	case slices.Contains(n.servers, server):
+		if n.failure == nil {
+			n.failure = make(map[netip.Addr]time.Time)
+		}
+		n.failure[server] = time.Now()
 	}
-	n.failure[server] = time.Now()
-}
-
-// answered says that server did answer.
-func (n *nameservers) answered(server netip.Addr) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	delete(n.failure, server)
 }
 
 // refreshLocked reads resolv.conf again if it is another file than last time,

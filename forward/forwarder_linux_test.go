@@ -276,6 +276,8 @@ func TestForwarderOutbound(t *testing.T) {
 // A nameserver that is out of order is passed over.
 func TestForwarderDNS(t *testing.T) {
 	newLAN(t)
+	ip(t, "route add blackhole 198.51.100.1")
+	t.Cleanup(func() { ip(t, "route del blackhole 198.51.100.1") })
 	file := filepath.Join(t.TempDir(), "resolv.conf")
 	set := func(text string) { require.NoError(t, os.WriteFile(file, []byte(text), 0o644)) }
 	set("nameserver 127.0.0.53\n")
@@ -298,11 +300,34 @@ func TestForwarderDNS(t *testing.T) {
 	tellPeer(t, nil, host4+":53")
 	set("nameserver " + remote4 + "\nnameserver " + host4 + "\n")
 	time.Sleep(resolvConfAge)
-	for _, proto := range []string{"tcp", "udp"} { // remote4 refuses
+	// remote4 refuses. Over UDP that's known only afterwards.
+	_, _, err = ask(t, ns, "udp", "10.0.2.3:53")
+	require.ErrorIs(t, err, syscall.ECONNREFUSED)
+	for _, proto := range []string{"udp", "tcp"} {
 		got, _, err := ask(t, ns, proto, "10.0.2.3:53")
 		require.NoError(t, err, proto)
 		require.Equal(t, host4, netip.MustParseAddrPort(got).Addr().String())
 	}
+
+	set("nameserver " + remote6 + "\nnameserver " + host4 + "\n")
+	time.Sleep(resolvConfAge)
+	got, _, err := ask(t, ns, "tcp", "10.0.2.3:53") // over TCP it's known at once
+	require.NoError(t, err)
+	require.Equal(t, host4, netip.MustParseAddrPort(got).Addr().String())
+
+	// One that says nothing: the resolver asks again, by the same socket.
+	set("nameserver 198.51.100.1\nnameserver " + host4 + "\n")
+	time.Sleep(resolvConfAge)
+	var c net.Conn
+	within(t, ns, func() { c, err = net.Dial("udp", "10.0.2.3:53") })
+	require.NoError(t, err)
+	defer c.Close()
+	c.Write([]byte("query"))
+	time.Sleep(queryPatience + time.Second)
+	c.Write([]byte("query"))
+	c.SetReadDeadline(time.Now().Add(time.Second))
+	_, err = c.Read(make([]byte, 100))
+	require.NoError(t, err)
 }
 
 // -T and -U: the container's loopback leads to the host's.

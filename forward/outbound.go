@@ -4,6 +4,7 @@ import (
 	"context"
 	"net"
 	"net/netip"
+	"slices"
 	"syscall"
 	"time"
 
@@ -64,22 +65,23 @@ func (e *tcpEngine) serveRequest(r request) {
 }
 
 // dialOut dials what the container knows as dst. A nameserver that can't be
-// reached is passed over for the next.
+// reached is passed over for the next, until all were tried.
 func (e *tcpEngine) dialOut(ctx context.Context, dst netip.AddrPort) (flowConn, error) {
 	addrs := e.paths.addrs
-	tried := make(map[netip.Addr]bool)
-	for {
+	for tried := []netip.Addr(nil); ; {
 		to, err := addrs.destination(dst)
 		if err != nil {
 			return nil, err
 		}
 		c, err := e.dialHost(ctx, to)
-		if err == nil || !addrs.isDNS(dst) || ctx.Err() != nil {
+		if !addrs.isDNS(dst) || ctx.Err() != nil {
 			return c, err
 		}
-		tried[to.Addr()] = true
-		e.dns.failed(to.Addr())
-		if next, nextErr := e.dns.next(); nextErr != nil || tried[next] {
+		e.dns.report(to.Addr(), err == nil)
+		if tried = append(tried, to.Addr()); err == nil {
+			return c, nil
+		}
+		if next, noNext := e.dns.next(); noNext != nil || slices.Contains(tried, next) {
 			return nil, err
 		}
 	}

@@ -54,6 +54,9 @@ type udpConfig struct {
 	Source func(client netip.AddrPort, target netip.Addr) netip.AddrPort
 	// Destination returns where a datagram to dst goes; its error is an errno.
 	Destination func(dst netip.AddrPort) (netip.AddrPort, error)
+	// Nameserver, if not nil, is told whether a server on port 53 answered. It
+	// must not block.
+	Nameserver func(server netip.Addr, answered bool)
 	// Guest returns the container's address of a family, the zero Addr if it
 	// has none.
 	Guest func(is4 bool) netip.Addr
@@ -133,6 +136,9 @@ func newUDPEngine(cfg udpConfig) (*udpEngine, error) {
 	}
 	if cfg.MaxFlows == 0 {
 		cfg.MaxFlows = min(defaultMaxFlows, maxFiles()/2)
+	}
+	if cfg.Nameserver == nil {
+		cfg.Nameserver = func(netip.Addr, bool) {}
 	}
 	if cfg.Outbound == nil {
 		cfg.Outbound = new(flowCounters)
@@ -329,6 +335,7 @@ func (e *udpEngine) enterFlowLocked(f *flow) {
 // socket that is no listener goes with its last flow.
 func (e *udpEngine) removed(f *flow) {
 	f.counters.end()
+	e.reportSilence(f)
 	for _, s := range []*udpSocket{f.host.sock, f.inside.sock} {
 		if s == nil {
 			continue
@@ -336,6 +343,17 @@ func (e *udpEngine) removed(f *flow) {
 		if s.flows--; s.flows == 0 && s.rule == nil {
 			e.closeSocketLocked(s)
 		}
+	}
+}
+
+// queryPatience is how long a nameserver may take before it counts as one that
+// does not answer. Resolvers ask again after five seconds (resolv.conf(5)).
+const queryPatience = 3 * time.Second
+
+// reportSilence says so if the nameserver of f owes an answer for too long.
+func (e *udpEngine) reportSilence(f *flow) {
+	if f.oneShot && f.unanswered > 0 && e.tick.Load()-f.seen >= ticks(queryPatience) {
+		e.cfg.Nameserver(f.host.remote.addrPort().Addr(), false)
 	}
 }
 

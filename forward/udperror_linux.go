@@ -160,6 +160,9 @@ func (w *udpWorker) report(s *udpSocket, ee unix.SockExtendedErr, from netip.Add
 	if f == nil || f.inside.sock != nil {
 		return // a socket can't be told
 	}
+	if f.oneShot {
+		w.engine.cfg.Nameserver(w.err.name.addrPort().Addr(), false)
+	}
 	icmp, ok := translate(ee, w.err.name.v4(), f.guest.Addr().Is4())
 	if !ok {
 		return

@@ -136,6 +136,7 @@ func (e *udpEngine) flowIn(s *udpSocket, from *sockaddr, to localAddr) (*flow, f
 	near.local = to
 	e.flows.touch(f, dir, e.tick.Load())
 	if f.oneShot && dir == inbound {
+		e.cfg.Nameserver(f.host.remote.addrPort().Addr(), true)
 		if f.unanswered--; f.unanswered <= 0 {
 			e.flows.remove(f)
 		}

@@ -85,6 +85,9 @@ func (e *udpEngine) flowOut(d *stack.Datagram) (*flow, flowEnd, error) {
 	if f == nil || f.dialled && f.seen != e.tick.Load() {
 		// Once a second also for a flow that is there: the nameserver or
 		// the host's address may be another one by now.
+		if f != nil {
+			e.reportSilence(f)
+		}
 		var err error
 		if f, err = e.dialLocked(f, d, key); err != nil {
 			return nil, flowEnd{}, err
