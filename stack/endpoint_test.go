@@ -2,6 +2,7 @@ package stack
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"log/slog"
@@ -278,6 +279,26 @@ func TestFragments(t *testing.T) {
 		d := k.next(t)
 		require.Equal(t, payload, d.Payload)
 		require.Equal(t, in.Addr(), d.Src.Addr())
+	}
+}
+
+func TestLongestDatagrams(t *testing.T) {
+	k := newCollect()
+	w := newWire(t, Config{UDP: k.take})
+	for _, f := range families {
+		in, out := netip.AddrPortFrom(f.guest, 1000), netip.AddrPortFrom(f.client, 2000)
+		payload := make([]byte, maxL4(f.guest)-udpHdrLen)
+		rand.Read(payload)
+		require.NoError(t, w.s.WriteUDP(&Datagram{Src: out, Dst: in, Payload: payload}))
+		for size := 0; size < len(payload)+udpHdrLen; {
+			_, _, b := w.receive()
+			var p packet
+			require.NoError(t, p.parse(vnetHdr{}, b))
+			size += len(p.l4)
+			w.sendIP(vnetHdr{}, turn(b))
+		}
+		require.Equal(t, payload, k.next(t).Payload)
+		require.Error(t, w.s.WriteUDP(&Datagram{Src: out, Dst: in, Payload: append(payload, 0)}))
 	}
 }
 

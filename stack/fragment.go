@@ -12,7 +12,7 @@ import (
 const (
 	maxFragmentBytes = 4 << 20
 	maxPartials      = 1024
-	maxFragments     = 64 // pieces of one packet; 64 KiB at MTU 1280 are 53
+	maxFragments     = 128 // pieces of one packet; 64 KiB at MTU 576 are 119
 	fragmentTimeout  = 30 * time.Second
 )
 
@@ -59,7 +59,7 @@ func (r *reassembly) add(p *packet) bool {
 	r.expire(now())
 	// All but the last are multiples of 8, none reaches past the longest
 	// packet ("ping of death"), and none is empty.
-	if len(p.l4) == 0 || p.more && len(p.l4)%8 != 0 || p.fragOff+len(p.l4) > maxIPLen-1-ip6HdrLen {
+	if len(p.l4) == 0 || p.more && len(p.l4)%8 != 0 || p.fragOff+len(p.l4) > maxL4(p.src) {
 		r.drops.Add(1)
 		return false
 	}

@@ -9,8 +9,14 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 )
 
-// maxDatagram is the longest UDP payload over IPv4.
-const maxDatagram = maxIPLen - 1 - ip4HdrLen - udpHdrLen
+// maxL4 is the longest transport header and payload of a packet from or to addr.
+// An IPv4 header counts in the packet's length, an IPv6 header does not.
+func maxL4(addr netip.Addr) int {
+	if addr.Is4() {
+		return maxIPLen - 1 - ip4HdrLen
+	}
+	return maxIPLen - 1
+}
 
 var errTooLong = errors.New("datagram too long")
 
@@ -75,11 +81,11 @@ func (e *endpoint) writeUDP(d *Datagram) error {
 // writeDatagrams writes one frame of one datagram, or of several if segment is
 // not 0.
 func (e *endpoint) writeDatagrams(d *Datagram, payload []byte, segment int) error {
-	if len(payload) > maxDatagram {
-		return errTooLong
-	}
 	src, dst := d.Src.Addr(), d.Dst.Addr()
 	length := udpHdrLen + len(payload)
+	if length > maxL4(src) {
+		return errTooLong
+	}
 	h := ipHdr{src: src, dst: dst, proto: protoUDP, hops: d.TTL, tos: d.TOS, payloadLen: length}
 	sum := pseudoSum(src, dst, protoUDP, length)
 	if segment == 0 && ipHdrLen(src)+length > e.mtu {
