@@ -198,6 +198,22 @@ func TestConfigure(t *testing.T) {
 	require.Contains(t, nstest.Run(t, ns, "ip", "addr", "show", "lo"), "inet6 ::1/128")
 }
 
+// Kernel: of several addresses the source of a connection is the oldest in IPv4,
+// and the youngest in IPv6.
+func TestConfigureFirstAddressIsTheSource(t *testing.T) {
+	ns, peer := nstest.New(t), nstest.New(t)
+	nstest.Veth(t, peer, "p0", ns, "tap0")
+	require.NoError(t, ns.Configure(nstest.Link(t, "tap0 10.0.2.100/24 10.0.2.7/24 10.0.2.200/24 fd67::100/64 fd67::7/64 fd67::200/64, 0.0.0.0/0 via 10.0.2.2, ::/0 via fd67::2")))
+	for _, ipv6 := range []bool{false, true} {
+		var main netip.Addr
+		require.NoError(t, ns.Do(func() error {
+			main, _ = netnsutil.MainAddr(ipv6)
+			return nil
+		}))
+		require.Equal(t, map[bool]string{false: "10.0.2.100", true: "fd67::100"}[ipv6], main.String())
+	}
+}
+
 func TestConfigureErrors(t *testing.T) {
 	ns, peer := nstest.New(t), nstest.New(t)
 	nstest.Veth(t, peer, "p0", ns, "tap0")

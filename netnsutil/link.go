@@ -15,7 +15,8 @@ type Link struct {
 	// HardwareAddr is the interface's MAC address; nil leaves it as it is.
 	HardwareAddr net.HardwareAddr
 	// Addrs are set on the interface with their prefix length, without
-	// duplicate address detection: nobody else is on the link.
+	// duplicate address detection: nobody else is on the link. Of each
+	// family the first is the one that connections come from.
 	Addrs []netip.Prefix
 	// Routes are added to the main table, through the interface, those to
 	// gateways of other routes first. A gateway need not be in one of the

@@ -71,7 +71,7 @@ func configureLink(h *netlink.Handle, link Link) error {
 	if err := linkUp(h, link.Name); err != nil {
 		return err
 	}
-	for _, p := range link.Addrs {
+	for _, p := range link.addrsInOrder() {
 		addr := &netlink.Addr{IPNet: ipNet(p)}
 		if p.Addr().Is6() {
 			addr.Flags = unix.IFA_F_NODAD
@@ -100,6 +100,25 @@ func configureLink(h *netlink.Handle, link Link) error {
 		}
 	}
 	return nil
+}
+
+// addrsInOrder returns the addresses in the order in which to add them, so that
+// the first of each family is the one that the kernel prefers as a source: of
+// equally good ones it takes the oldest in IPv4, and the youngest in IPv6
+// (ipv6_link_dev_addr in net/ipv6/addrconf.c puts it first).
+func (link Link) addrsInOrder() []netip.Prefix {
+	var addrs []netip.Prefix
+	for _, p := range link.Addrs {
+		if p.Addr().Is4() {
+			addrs = append(addrs, p)
+		}
+	}
+	for _, p := range slices.Backward(link.Addrs) {
+		if p.Addr().Is6() {
+			addrs = append(addrs, p)
+		}
+	}
+	return addrs
 }
 
 // awaitLocal waits until the kernel takes packets to an IPv6 address of the
