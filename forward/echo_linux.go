@@ -230,8 +230,16 @@ func (s *pingSocket) sendLocked(q *stack.Echo, to netip.Addr) error {
 	msg = append(msg, q.Payload...)
 	var err error
 	ctlErr := s.raw.Control(func(fd uintptr) {
-		if err = s.setTTLLocked(int(fd), int(q.TTL)); err == nil {
+		if err = s.setTTLLocked(int(fd), int(q.TTL)); err != nil {
+			return
+		}
+		// The error may be that of an earlier request, to whomever, and with
+		// its return it is cleared (sock_alloc_send_skb): once more.
+		for range 2 {
 			err = unix.Sendto(int(fd), msg, unix.MSG_DONTWAIT, toSockaddr(netip.AddrPortFrom(to, 0)))
+			if err == nil {
+				return
+			}
 		}
 	})
 	return errors.Join(ctlErr, err)
