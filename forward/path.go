@@ -81,17 +81,19 @@ func (p *paths) routes(rule Rule, client netip.AddrPort, port uint16) []route {
 		switch {
 		case target.IsLoopback():
 			r.path, r.dialer = Kernel, p.local
-		case p.kernel != nil && !r.src.Addr().IsLinkLocalUnicast():
+		case p.kernel != nil && !hasScope(r.src.Addr()):
 			r.path, r.dialer = Kernel, p.kernel
 		default:
-			// A link-local source belongs to the link that it comes
-			// from; seen from the namespace that is the tap.
 			r.path, r.dialer = Tap, p.tap
 		}
 		routes = append(routes, r)
 	}
 	return routes
 }
+
+// hasScope reports whether addr means something only together with the link that
+// it was seen on; as seen from the namespace, that is the tap.
+func hasScope(addr netip.Addr) bool { return addr.Is6() && addr.IsLinkLocalUnicast() }
 
 // describe returns the path that the flows of rule take, and why it is not the
 // best one.
