@@ -26,7 +26,7 @@ func inNewNS(t *testing.T, fn func()) {
 }
 
 // newNS makes a network namespace with lo up.
-func newNS(t *testing.T) *netnsutil.NS {
+func newNS(t testing.TB) *netnsutil.NS {
 	t.Helper()
 	ns, err := netnsutil.New()
 	require.NoError(t, err)
@@ -36,7 +36,7 @@ func newNS(t *testing.T) *netnsutil.NS {
 }
 
 // ip runs ip(8) in the thread's network namespace.
-func ip(t *testing.T, args string) {
+func ip(t testing.TB, args string) {
 	t.Helper()
 	out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput()
 	require.NoError(t, err, "ip %s: %s", args, out)

@@ -20,7 +20,7 @@ var makeRoutable sync.Once
 
 // routable gives the test's host an interface that has these addresses, and where
 // multicasts go.
-func routable(t *testing.T) *net.Interface {
+func routable(t testing.TB) *net.Interface {
 	t.Helper()
 	makeRoutable.Do(func() {
 		ip(t, "link add udp0 type veth peer name udp1")
