@@ -258,6 +258,7 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 		Stack:          f.stack,
 		Source:         addrs.source,
 		Destination:    addrs.destination,
+		IsDNS:          addrs.isDNS,
 		Nameserver:     dns.report,
 		Guest:          addrs.guestOf,
 		Inside:         local.listenUDP,

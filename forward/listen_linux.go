@@ -23,9 +23,6 @@ type boundListener struct {
 	// Exactly one is not nil, by the rule's protocol.
 	tcp *net.TCPListener
 	udp *net.UDPConn
-	// gro says that a read from udp may return several datagrams of one
-	// size, which a control message of type UDP_GRO then tells (udp(7)).
-	gro bool
 	// shared lets other sockets of ours have the same port (SO_REUSEPORT).
 	shared bool
 }
@@ -320,9 +317,7 @@ func (l *boundListener) prepare(fd int) error {
 	if l.rule.Proto == TCP {
 		return prepareTCP(fd)
 	}
-	var err error
-	l.gro, err = prepareUDP(fd)
-	return err
+	return prepareUDP(fd, udpListener)
 }
 
 // prepareTCP sets what accepted sockets inherit from a listener.
@@ -333,33 +328,6 @@ func prepareTCP(fd int) error {
 		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(keepAlive.Interval.Seconds())},
 		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
 	})
-}
-
-// udpBuffer is the size of the buffers of a UDP socket, in bytes: a burst at
-// 10 Gb/s of 5 ms. The kernel cuts it to net.core.rmem_max and wmem_max.
-const udpBuffer = 7 << 20
-
-// prepareUDP sets the options of a UDP socket of either family. With each
-// datagram come the address that it was sent to, and the errors that earlier
-// ones met. gro says that datagrams may come merged, since Linux 5.0.
-func prepareUDP(fd int) (gro bool, err error) {
-	family, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
-	if err != nil {
-		return false, os.NewSyscallError("getsockopt", err)
-	}
-	// On a dual-stack socket IPV6_RECVPKTINFO covers IPv4 datagrams too, as
-	// ::ffff:192.0.2.1, but their errors need IP_RECVERR.
-	options := []option{{unix.IPPROTO_IP, unix.IP_RECVERR, 1}}
-	if family == unix.AF_INET6 {
-		options = append(options, option{unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1}, option{unix.IPPROTO_IPV6, unix.IPV6_RECVERR, 1})
-	} else {
-		options = append(options, option{unix.IPPROTO_IP, unix.IP_PKTINFO, 1})
-	}
-	options = append(options, option{unix.SOL_SOCKET, unix.SO_RCVBUF, udpBuffer}, option{unix.SOL_SOCKET, unix.SO_SNDBUF, udpBuffer})
-	if err := setOptions(fd, options); err != nil {
-		return false, err
-	}
-	return unix.SetsockoptInt(fd, unix.IPPROTO_UDP, unix.UDP_GRO, 1) == nil, nil
 }
 
 // setReusePort lets other sockets of ours be bound to the port of c, or no longer.

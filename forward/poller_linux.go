@@ -82,7 +82,7 @@ func (p *poller) wait() ([]unix.EpollEvent, error) {
 func (p *poller) tryWait(ep uintptr) bool {
 	for {
 		n, err := unix.EpollWait(int(ep), p.events[:], 0)
-		if err == unix.EINTR { //nolint:errorlint // a bare errno, on the fast path
+		if err == unix.EINTR {
 			continue
 		}
 		p.ready, p.err = max(n, 0), os.NewSyscallError("epoll_wait", err)

@@ -54,8 +54,11 @@ type udpConfig struct {
 	Source func(client netip.AddrPort, target netip.Addr) netip.AddrPort
 	// Destination returns where a datagram to dst goes; its error is an errno.
 	Destination func(dst netip.AddrPort) (netip.AddrPort, error)
-	// Nameserver, if not nil, is told whether a server on port 53 answered. It
-	// must not block.
+	// IsDNS reports whether dst is a DNS address of the container, and
+	// Nameserver is told whether the nameserver behind it answered a query to
+	// port 53. Nameserver must not block. Nil is no such address, and nobody to
+	// tell.
+	IsDNS      func(dst netip.AddrPort) bool
 	Nameserver func(server netip.Addr, answered bool)
 	// Guest returns the container's address of a family, the zero Addr if it
 	// has none.
@@ -143,6 +146,9 @@ func newUDPEngine(cfg udpConfig) (*udpEngine, error) {
 	if cfg.Outbound == nil {
 		cfg.Outbound = new(flowCounters)
 	}
+	if cfg.IsDNS == nil {
+		cfg.IsDNS = func(netip.AddrPort) bool { return false }
+	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -195,7 +201,7 @@ func (e *udpEngine) close() {
 	e.mu.Unlock()
 	close(e.done)
 	for _, w := range e.workers {
-		w.poll.close()
+		_ = w.poll.close()
 	}
 	e.wg.Wait()
 }
@@ -212,7 +218,7 @@ func (e *udpEngine) listen(conn *net.UDPConn, rule *activeRule, targetPort uint1
 	s := &udpSocket{fd: fd, v6: isV6(fd), inside: rule.rule.Dir == Out, rule: rule, port: targetPort}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if err := e.enterSocketLocked(s, true); err != nil {
+	if err := e.enterSocketLocked(s, udpListener); err != nil {
 		return fmt.Errorf("watch UDP socket %s: %w", name, err)
 	}
 	e.publishLocked(s)
@@ -278,17 +284,18 @@ func (e *udpEngine) target(rule *activeRule, is4 bool) netip.Addr {
 	return e.cfg.Guest(!is4)
 }
 
-// enterSocketLocked makes s known to the engine and to a worker, or closes it. A
-// socket that carries no stream needs neither GRO nor a large buffer.
-func (e *udpEngine) enterSocketLocked(s *udpSocket, stream bool) error {
+// enterSocketLocked makes s known to the engine and to a worker, or closes it.
+func (e *udpEngine) enterSocketLocked(s *udpSocket, use udpUse) error {
 	for e.lastID++; e.sockets[e.lastID] != nil; {
 		e.lastID++
 	}
 	s.id = e.lastID
 	s.poll = e.workers[int(s.id)%len(e.workers)].poll
-	s.setOptions(stream)
-	err := net.ErrClosed
-	if !e.closed {
+	err := prepareUDP(s.fd, use)
+	switch {
+	case e.closed:
+		err = net.ErrClosed
+	case err == nil:
 		err = s.poll.add(s.fd, s.id)
 	}
 	if err != nil {
@@ -352,8 +359,8 @@ const queryPatience = 3 * time.Second
 
 // reportSilence says so if the nameserver of f owes an answer for too long.
 func (e *udpEngine) reportSilence(f *flow) {
-	if f.oneShot && f.unanswered > 0 && e.tick.Load()-f.seen >= ticks(queryPatience) {
-		e.cfg.Nameserver(f.host.remote.addrPort().Addr(), false)
+	if f.unanswered > 0 && e.tick.Load()-f.seen >= ticks(queryPatience) {
+		e.cfg.Nameserver(f.server, false)
 	}
 }
 

@@ -506,7 +506,7 @@ func TestUDPTimeToLiveAndTrafficClass(t *testing.T) {
 			unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_RECVHOPLIMIT, 1)
 			unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_RECVTCLASS, 1)
 		})
-		const tos = 0xb8 | 1 // EF, ECT(1)
+		const tos = 0xb8 | 1 // EF, and ECN
 		u.fromNamespace(&stack.Datagram{Src: netip.AddrPortFrom(guest, 4000), Dst: addrOf(server), TTL: 7, TOS: tos, Payload: []byte("x")})
 		b, oob := make([]byte, 8), make([]byte, 256)
 		_, n, _, from, err := server.ReadMsgUDPAddrPort(b, oob)

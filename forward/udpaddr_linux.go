@@ -91,13 +91,8 @@ func local6(b []byte) (l localAddr) {
 	return l
 }
 
-// Sizes of the control messages with their headers.
-var (
-	cmsgIntLen   = unix.CmsgSpace(4)
-	pktinfo4Len  = unix.CmsgSpace(unix.SizeofInet4Pktinfo)
-	pktinfo6Len  = unix.CmsgSpace(unix.SizeofInet6Pktinfo)
-	cmsgDataSkip = unix.CmsgLen(0)
-)
+// cmsgHeader is the size of a control message without data.
+var cmsgHeader = unix.CmsgLen(0)
 
 // cmsgBuf is the space for the control messages of one datagram, aligned as
 // struct cmsghdr must be. The most that we send is 24+8+16 bytes of data with
@@ -113,7 +108,7 @@ func putCmsg(b []byte, level, typ int32, size int) (data []byte, space int) {
 	h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
 	h.Level, h.Type = level, typ
 	h.SetLen(unix.CmsgLen(size))
-	return b[cmsgDataSkip:][:size], unix.CmsgSpace(size)
+	return b[cmsgHeader:][:size], unix.CmsgSpace(size)
 }
 
 func putCmsgInt(b []byte, level, typ int32, v int) (space int) {
@@ -129,11 +124,11 @@ func nextCmsg(b []byte) (level, typ int32, data, rest []byte, ok bool) {
 		return 0, 0, nil, nil, false
 	}
 	h := (*unix.Cmsghdr)(unsafe.Pointer(&b[0]))
-	n := uint64(h.Len)
-	if n < uint64(cmsgDataSkip) || n > uint64(len(b)) {
+	n := int(h.Len)
+	if n < cmsgHeader || n > len(b) {
 		return 0, 0, nil, nil, false
 	}
-	data = b[cmsgDataSkip:n]
+	data = b[cmsgHeader:n]
 	return h.Level, h.Type, data, b[min(unix.CmsgSpace(len(data)), len(b)):], true
 }
 

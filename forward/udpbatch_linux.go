@@ -83,7 +83,7 @@ func (b *recvBatch) recv(s *udpSocket) int {
 // message returns the i-th of the n messages that recv read.
 func (b *recvBatch) message(i int, opt *recvOptions) (from *sockaddr, payload []byte) {
 	m := &b.msgs[i]
-	opt.parse(b.ctrl[i].bytes()[:min(uint64(m.hdr.Controllen), uint64(unsafe.Sizeof(b.ctrl[i])))])
+	opt.parse(b.ctrl[i].bytes()[:int(m.hdr.Controllen)])
 	return &b.names[i], b.buf[i*recvSlot:][:m.len]
 }
 

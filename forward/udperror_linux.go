@@ -110,7 +110,7 @@ func (m *errorMessage) recv(s *udpSocket) (n int, ok bool) {
 	r, _, errno := unix.Syscall(unix.SYS_RECVMSG, uintptr(s.fd),
 		uintptr(unsafe.Pointer(&m.hdr)), unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
 	if errno != 0 {
-		unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_ERROR)
+		_, _ = unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_ERROR)
 		return 0, false
 	}
 	return int(r), true
@@ -160,8 +160,8 @@ func (w *udpWorker) report(s *udpSocket, ee unix.SockExtendedErr, from netip.Add
 	if f == nil || f.inside.sock != nil {
 		return // a socket can't be told
 	}
-	if f.oneShot {
-		w.engine.cfg.Nameserver(w.err.name.addrPort().Addr(), false)
+	if f.server.IsValid() {
+		w.engine.cfg.Nameserver(f.server, false)
 	}
 	icmp, ok := translate(ee, w.err.name.v4(), f.guest.Addr().Is4())
 	if !ok {
@@ -171,7 +171,7 @@ func (w *udpWorker) report(s *udpSocket, ee unix.SockExtendedErr, from netip.Add
 		icmp.From = from.WithZone("")
 	}
 	w.err.d = stack.Datagram{Src: f.guest, Dst: f.peer, Payload: quoted}
-	w.engine.cfg.Stack.WriteUDPError(&w.err.d, icmp)
+	_ = w.engine.cfg.Stack.WriteUDPError(&w.err.d, icmp)
 }
 
 // flowOf returns the flow of an endpoint on a socket, nil if there is none.
@@ -218,7 +218,7 @@ func translate(ee unix.SockExtendedErr, host4, guest4 bool) (e stack.ICMPError, 
 func segmentWorks(release string) bool {
 	var major, minor, patch int
 	rc := math.MaxInt
-	fmt.Sscanf(release, "%d.%d.%d-rc%d", &major, &minor, &patch, &rc)
+	_, _ = fmt.Sscanf(release, "%d.%d.%d-rc%d", &major, &minor, &patch, &rc)
 	switch {
 	case major != 7 || minor > 1:
 		return true

@@ -8,8 +8,10 @@ import (
 
 // The life of a flow without traffic, as in the kernel's connection tracking
 // (nf_conntrack_proto_udp.c): long for a stream, which is what has been seen more
-// than once in both directions, short for everything else.
+// than once in both directions, short for everything else. Who asked a nameserver
+// asks again after 5 s, and no more after 10 s (resolv.conf(5)).
 const (
+	udpQueryTimeout  = 10 * time.Second
 	udpTimeout       = 30 * time.Second
 	udpStreamTimeout = 120 * time.Second
 )
@@ -21,11 +23,13 @@ type flow struct {
 	guest, peer netip.AddrPort // the two endpoints, as the namespace sees them
 	counters    *flowCounters
 	dialled     bool // the container began it: peer is mapped by udpConfig.Destination
-	oneShot     bool // DNS: it ends when every query has its answer
+	// server is the nameserver that a flow of queries goes to: it ends when
+	// every query has its answer. The zero Addr is another flow.
+	server netip.Addr
 
 	inside, host flowEnd
 
-	unanswered int      // of a oneShot flow
+	unanswered int      // queries
 	sent       [2]uint8 // datagrams by direction, counted up to 2
 	seen       int64    // the tick of the last datagram
 	list       *flowList
@@ -72,9 +76,9 @@ type flowTable struct {
 	byTap  map[tapKey]*flow
 	bySock map[sockKey]*flow
 
-	// Both lists have the flow that was idle longest in front. They are
-	// ordered by tick, not by datagram: a flow moves once a tick at most.
-	short, streams flowList
+	// The lists have the flow that was idle longest in front. They are ordered
+	// by tick, not by datagram: a flow moves once a tick at most.
+	queries, short, streams flowList
 
 	removed func(*flow) // called for each flow that leaves
 }
@@ -88,7 +92,7 @@ func newFlowTable(limit int, removed func(*flow)) flowTable {
 	}
 }
 
-func (t *flowTable) len() int { return t.short.n + t.streams.n }
+func (t *flowTable) len() int { return t.queries.n + t.short.n + t.streams.n }
 
 // taken reports whether the tap already has a flow between guest and peer.
 func (t *flowTable) taken(guest, peer netip.AddrPort) bool {
@@ -104,14 +108,23 @@ func (t *flowTable) add(f *flow, now int64) {
 	}
 	t.index(f, func(k tapKey) { t.byTap[k] = f }, func(k sockKey) { t.bySock[k] = f })
 	f.seen = now
-	t.short.push(f)
+	if f.server.IsValid() {
+		t.queries.push(f)
+	} else {
+		t.short.push(f)
+	}
 }
 
 // evict removes the flow that can best be spared.
 func (t *flowTable) evict() {
-	if f := t.short.front; f != nil {
-		t.remove(f)
-	} else if f := t.streams.front; f != nil {
+	f := t.short.front
+	if q := t.queries.front; f == nil || q != nil && q.seen <= f.seen {
+		f = q
+	}
+	if f == nil {
+		f = t.streams.front
+	}
+	if f != nil {
 		t.remove(f)
 	}
 }
@@ -120,7 +133,7 @@ func (t *flowTable) evict() {
 func (t *flowTable) touch(f *flow, dir int, now int64) {
 	if f.sent[dir] < 2 {
 		f.sent[dir]++
-		if f.sent[inbound] == 2 && f.sent[outbound] == 2 {
+		if f.sent[inbound] == 2 && f.sent[outbound] == 2 && !f.server.IsValid() {
 			t.streams.move(f)
 		}
 	}
@@ -135,6 +148,8 @@ func (t *flowTable) touch(f *flow, dir int, now int64) {
 func (t *flowTable) expire(now int64, limit int) (more bool) {
 	for ; limit > 0; limit-- {
 		switch {
+		case t.queries.idle(now) >= ticks(udpQueryTimeout):
+			t.remove(t.queries.front)
 		case t.short.idle(now) >= ticks(udpTimeout):
 			t.remove(t.short.front)
 		case t.streams.idle(now) >= ticks(udpStreamTimeout):
@@ -155,7 +170,7 @@ func (t *flowTable) remove(f *flow) {
 
 // removeAll takes out every flow for which of is true.
 func (t *flowTable) removeAll(of func(*flow) bool) {
-	for _, l := range []*flowList{&t.short, &t.streams} {
+	for _, l := range []*flowList{&t.queries, &t.short, &t.streams} {
 		for f := l.front; f != nil; {
 			next := f.next
 			if of(f) {

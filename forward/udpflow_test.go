@@ -11,8 +11,9 @@ import (
 // testTable is a table of flows on one socket.
 type testTable struct {
 	flowTable
-	sock *udpSocket
-	gone []uint16 // the peers' ports of the flows that left, in order
+	sock   *udpSocket
+	server netip.Addr // of the flows that begin
+	gone   []uint16   // the peers' ports of the flows that left, in order
 }
 
 func newTestTable(limit int) *testTable {
@@ -24,8 +25,9 @@ func newTestTable(limit int) *testTable {
 // begin adds a flow to a peer that its port names.
 func (t *testTable) begin(port uint16, now int64) *flow {
 	f := &flow{
-		guest: netip.MustParseAddrPort("10.0.2.100:53"),
-		peer:  netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), port),
+		server: t.server,
+		guest:  netip.MustParseAddrPort("10.0.2.100:53"),
+		peer:   netip.AddrPortFrom(netip.MustParseAddr("192.0.2.1"), port),
 	}
 	f.host = flowEnd{sock: t.sock, remote: sockaddrOf(f.peer, false)}
 	t.add(f, now)
@@ -96,6 +98,32 @@ func TestFlowTableEvictsTheIdlest(t *testing.T) {
 	table.begin(6, 6)
 	require.Equal(t, []uint16{3, 2, 4}, table.gone, "a stream stays as long as there is anything else")
 	require.Equal(t, 3, table.len())
+}
+
+func TestFlowTableQueries(t *testing.T) {
+	table := newTestTable(3)
+	query := func(port uint16, now int64) *flow {
+		table.server = netip.MustParseAddr("192.0.2.53")
+		defer func() { table.server = netip.Addr{} }()
+		return table.begin(port, now)
+	}
+	f := query(1, 0)
+	for i := range int64(4) {
+		table.touch(f, int(i)%2, i)
+	}
+	require.False(t, table.expire(3+ticks(udpQueryTimeout)-1, 10))
+	require.Equal(t, 1, table.len())
+	table.expire(3+ticks(udpQueryTimeout), 10)
+	require.Zero(t, table.len(), "queries are no stream")
+
+	table.gone = nil
+	query(1, 20)
+	table.begin(2, 21)
+	query(3, 22)
+	for port := range uint16(3) {
+		table.begin(4+port, 23)
+	}
+	require.Equal(t, []uint16{1, 2, 3}, table.gone)
 }
 
 func TestFlowTableEvictsStreamsAtLast(t *testing.T) {

@@ -97,7 +97,7 @@ func (w *udpWorker) read(s *udpSocket) {
 func (w *udpWorker) forward(s *udpSocket, i int) {
 	from, payload := w.recv.message(i, &w.opt)
 	last := &w.last
-	if last.flow == nil || last.from != *from || last.to != w.opt.to || last.flow.oneShot {
+	if last.flow == nil || last.from != *from || last.to != w.opt.to || last.flow.server.IsValid() {
 		last.flow = nil
 		f, end, ok := w.engine.flowIn(s, from, w.opt.to)
 		if !ok {
@@ -135,8 +135,8 @@ func (e *udpEngine) flowIn(s *udpSocket, from *sockaddr, to localAddr) (*flow, f
 	}
 	near.local = to
 	e.flows.touch(f, dir, e.tick.Load())
-	if f.oneShot && dir == inbound {
-		e.cfg.Nameserver(f.host.remote.addrPort().Addr(), true)
+	if f.server.IsValid() && dir == inbound {
+		e.cfg.Nameserver(f.server, true)
 		if f.unanswered--; f.unanswered <= 0 {
 			e.flows.remove(f)
 		}
@@ -154,7 +154,7 @@ func (e *udpEngine) acceptLocked(s *udpSocket, from *sockaddr) *flow {
 	case s.rule != nil && s.inside:
 		f = e.acceptInsideLocked(s, client, from)
 	case s.rule != nil:
-		f = e.acceptClientLocked(s, client, from)
+		f = e.acceptClientLocked(s, client)
 	case s.group.Load() && s.binding != nil:
 		// An answer to a multicast comes from whoever has one.
 		guest := s.binding.guest
@@ -176,7 +176,7 @@ func (e *udpEngine) acceptLocked(s *udpSocket, from *sockaddr) *flow {
 // acceptClientLocked begins a flow from a client of a published port. It unlocks
 // e.mu while a socket is made in the namespace; only the worker of s accepts on s,
 // so nobody else begins the same flow.
-func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort, from *sockaddr) *flow {
+func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort) *flow {
 	guest := netip.AddrPortFrom(e.target(s.rule, client.Addr().Is4()), s.port)
 	if e.cfg.LoopbackInside && client.Addr().IsLoopback() && !s.rule.rule.Target.IsValid() {
 		guest = netip.AddrPortFrom(loopbackOf(client.Addr().Is4()), s.port)
@@ -215,7 +215,7 @@ func (e *udpEngine) adoptInsideLocked(conn *net.UDPConn, guest netip.AddrPort) (
 		return flowEnd{}, err
 	}
 	s := &udpSocket{fd: fd, v6: isV6(fd), inside: true}
-	if err := e.enterSocketLocked(s, true); err != nil {
+	if err := e.enterSocketLocked(s, udpStreams); err != nil {
 		return flowEnd{}, err
 	}
 	return flowEnd{sock: s, remote: s.remote(guest)}, nil
@@ -228,7 +228,7 @@ func (e *udpEngine) acceptInsideLocked(s *udpSocket, client netip.AddrPort, from
 	if !dst.IsValid() {
 		dst = loopbackOf(client.Addr().Is4())
 	}
-	host, err := e.newSocketLocked(nil, dst.Is4(), true)
+	host, err := e.newSocketLocked(nil, dst.Is4(), udpStreams)
 	if err != nil {
 		e.log.Debug("no socket on the host", "client", client, "err", err)
 		return nil
@@ -311,7 +311,7 @@ func (t *tapRun) flush() {
 	if t.flow == nil {
 		return
 	}
-	t.engine.cfg.Stack.WriteUDP(&t.d)
+	_ = t.engine.cfg.Stack.WriteUDP(&t.d) // the stack counts its errors
 	t.flow.counters.bytesIn.Add(int64(len(t.d.Payload)))
 	t.flow, t.d = nil, stack.Datagram{}
 }

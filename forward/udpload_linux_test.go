@@ -69,6 +69,7 @@ func TestUDPNameserverFlowsEndEarly(t *testing.T) {
 	server := listenUDP(t, "127.0.0.1:0")
 	u := newUDPTest(t, func(c *udpConfig) {
 		c.Batched = true
+		c.IsDNS = func(d netip.AddrPort) bool { return d.Addr().Is4() }
 		c.Destination = func(netip.AddrPort) (netip.AddrPort, error) { return addrOf(server), nil }
 	})
 	d := &stack.Datagram{Src: netip.AddrPortFrom(guest4, 4000), Dst: netip.MustParseAddrPort("10.0.2.3:53"), TTL: 64}
@@ -86,6 +87,59 @@ func TestUDPNameserverFlowsEndEarly(t *testing.T) {
 	}
 	require.Zero(t, u.locked(u.flows.len))
 	require.Zero(t, u.locked(func() int { return len(u.sockets) }))
+}
+
+// A flow to port 53 of anybody else may be a VPN's: it is like any other.
+func TestUDPPort53IsNotAlwaysDNS(t *testing.T) {
+	server := listenUDP(t, "127.0.0.1:0")
+	u := newUDPTest(t, func(c *udpConfig) {
+		c.Destination = func(netip.AddrPort) (netip.AddrPort, error) { return addrOf(server), nil }
+	})
+	u.fromNamespace(&stack.Datagram{Src: netip.AddrPortFrom(guest4, 4000), Dst: netip.MustParseAddrPort("192.0.2.53:53"), TTL: 64})
+	_, from := readFrom(t, server)
+	for _, s := range []string{"1", "2", "3"} {
+		send(t, server, from, s)
+		require.Equal(t, s, u.recv().payload)
+	}
+}
+
+// What becomes of a query decides which nameserver is asked next.
+func TestUDPNameserverReports(t *testing.T) {
+	type report struct {
+		server   netip.Addr
+		answered bool
+	}
+	reports := make(chan report, 10)
+	server, closed := listenUDP(t, "127.0.0.1:0"), listenUDP(t, "127.0.0.2:0")
+	closed.Close()
+	dst := addrOf(server)
+	u := newUDPTest(t, func(c *udpConfig) {
+		c.IsDNS = func(netip.AddrPort) bool { return true }
+		c.Nameserver = func(server netip.Addr, answered bool) { reports <- report{server, answered} }
+		c.Destination = func(netip.AddrPort) (netip.AddrPort, error) { return dst, nil }
+	})
+	d := &stack.Datagram{Src: netip.AddrPortFrom(guest4, 4000), Dst: netip.MustParseAddrPort("10.0.2.3:53"), TTL: 64}
+
+	u.fromNamespace(d)
+	_, from := readFrom(t, server)
+	send(t, server, from, "answer")
+	require.Equal(t, report{dst.Addr(), true}, next(t, reports))
+	u.recv()
+
+	u.fromNamespace(d)
+	require.Zero(t, u.pass(udpQueryTimeout))
+	require.Equal(t, report{dst.Addr(), false}, next(t, reports), "silence")
+
+	u.fromNamespace(d)
+	u.pass(queryPatience)
+	u.fromNamespace(d)
+	require.Equal(t, report{dst.Addr(), false}, next(t, reports), "the container asks again")
+
+	dst = addrOf(closed)
+	d.Src = netip.AddrPortFrom(guest4, 4001)
+	u.fromNamespace(d)
+	require.Equal(t, report{dst.Addr(), false}, next(t, reports), "port unreachable")
+	require.Equal(t, d.Dst, next(t, u.tap.errs).dst)
 }
 
 func (u *udpTest) locked(f func() int) int {

@@ -35,7 +35,7 @@ func (e *udpEngine) fromNamespace(d *stack.Datagram) {
 			e.send(b)
 		}
 		m := b.add(f, &end, sendOptions{ttl: otherTTL(d), tos: d.TOS, segment: d.SegmentSize}, d.DontFragment, d.Payload, true)
-		m.lone = f.oneShot
+		m.lone = f.server.IsValid() // each is counted
 		return
 	}
 	e.send(b)
@@ -89,24 +89,26 @@ func (e *udpEngine) flowOut(d *stack.Datagram) (*flow, flowEnd, error) {
 			e.reportSilence(f)
 		}
 		var err error
-		if f, err = e.dialLocked(f, d, key); err != nil {
+		if f, err = e.dialLocked(d, key); err != nil {
 			return nil, flowEnd{}, err
 		}
 	}
-	if f.oneShot {
+	if f.server.IsValid() {
 		f.unanswered++
 	}
 	e.flows.touch(f, outbound, e.tick.Load())
 	return f, f.host, nil
 }
 
-// dialLocked begins a flow for d, unless f is that flow already. It unlocks e.mu
-// while it asks for the destination.
-func (e *udpEngine) dialLocked(f *flow, d *stack.Datagram, key tapKey) (*flow, error) {
+// dialLocked returns the flow of d, new or old, after it has asked for the
+// destination: with e.mu unlocked.
+func (e *udpEngine) dialLocked(d *stack.Datagram, key tapKey) (*flow, error) {
 	e.mu.Unlock()
 	dst, err := e.cfg.Destination(d.Dst)
+	query := d.Dst.Port() == 53 && e.cfg.IsDNS(d.Dst)
 	e.mu.Lock()
-	if f = e.flows.byTap[key]; f != nil && !f.dialled {
+	f := e.flows.byTap[key]
+	if f != nil && !f.dialled {
 		return f, nil
 	}
 	if err != nil {
@@ -118,14 +120,12 @@ func (e *udpEngine) dialLocked(f *flow, d *stack.Datagram, key tapKey) (*flow, e
 		}
 		e.flows.remove(f)
 	}
-	f = &flow{
-		guest:    d.Src,
-		peer:     d.Dst,
-		counters: e.cfg.Outbound,
-		dialled:  true,
-		oneShot:  d.Dst.Port() == 53,
+	f = &flow{guest: d.Src, peer: d.Dst, counters: e.cfg.Outbound, dialled: true}
+	use := udpStreams
+	if query {
+		f.server, use = dst.Addr(), udpQueries
 	}
-	s, err := e.socketLocked(d.Src, dst, !f.oneShot)
+	s, err := e.socketLocked(d.Src, dst, use)
 	if err != nil {
 		return nil, err
 	}
@@ -142,7 +142,7 @@ func (e *udpEngine) dialLocked(f *flow, d *stack.Datagram, key tapKey) (*flow, e
 
 // socketLocked returns the socket that speaks for guest to dst: the listener that
 // publishes guest, the socket that guest has already, or a new one.
-func (e *udpEngine) socketLocked(guest, dst netip.AddrPort, stream bool) (*udpSocket, error) {
+func (e *udpEngine) socketLocked(guest, dst netip.AddrPort, use udpUse) (*udpSocket, error) {
 	if e.closed {
 		return nil, net.ErrClosed
 	}
@@ -153,18 +153,18 @@ func (e *udpEngine) socketLocked(guest, dst netip.AddrPort, stream bool) (*udpSo
 		s = e.bindings[key]
 	}
 	if s == nil {
-		return e.newSocketLocked(&key, is4, stream)
+		return e.newSocketLocked(&key, is4, use)
 	}
 	if e.flows.bySock[sockKey{s.id, s.remote(dst)}] != nil {
 		// Two addresses of the container's world are one destination here;
 		// a socket of its own tells the replies apart.
-		return e.newSocketLocked(nil, is4, stream)
+		return e.newSocketLocked(nil, is4, use)
 	}
 	return s, nil
 }
 
 // newSocketLocked opens a socket for a binding, or for a single flow if key is nil.
-func (e *udpEngine) newSocketLocked(key *bindingKey, is4, stream bool) (*udpSocket, error) {
+func (e *udpEngine) newSocketLocked(key *bindingKey, is4 bool, use udpUse) (*udpSocket, error) {
 	fd, err := openUDP(is4)
 	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
 		e.flows.evict()
@@ -174,7 +174,7 @@ func (e *udpEngine) newSocketLocked(key *bindingKey, is4, stream bool) (*udpSock
 		return nil, err
 	}
 	s := &udpSocket{fd: fd, v6: !is4, binding: key}
-	if err := e.enterSocketLocked(s, stream); err != nil {
+	if err := e.enterSocketLocked(s, use); err != nil {
 		return nil, err
 	}
 	if key != nil {
@@ -271,11 +271,11 @@ func (e *udpEngine) unreachable(b *sendBatch, i int, err syscall.Errno) {
 
 // refuse answers a datagram with the ICMP error that stands for err, if one does.
 func (e *udpEngine) refuse(d *stack.Datagram, err error) {
-	var errno syscall.Errno
-	if !errors.As(err, &errno) || d.Dst.Addr().IsMulticast() {
+	errno, ok := errors.AsType[syscall.Errno](err)
+	if !ok || d.Dst.Addr().IsMulticast() {
 		return // RFC 1122, §3.2.2: no error about a multicast
 	}
 	if icmp, ok := icmpErrorOf(errno, d.Dst.Addr().Is4()); ok {
-		e.cfg.Stack.WriteUDPError(d, icmp)
+		_ = e.cfg.Stack.WriteUDPError(d, icmp)
 	}
 }
