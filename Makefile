@@ -93,3 +93,7 @@ bench-quick: ## a first impression, in under two minutes
 bench-readme: ## everything, with every peer, into bench/results and the README
 	go run ./bench -all -out auto -readme README.md
 .PHONY: bench-readme
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+.PHONY: help
