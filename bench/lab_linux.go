@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -201,11 +202,15 @@ func (l *lab) sample(ctx context.Context, r *row, t tool, sites map[string]*site
 		}
 	}
 	values, err := r.measure.take(ctx, s, l.order.Seconds)
-	if err != nil && !r.fresh {
+	if err == nil {
+		return values, nil
+	}
+	err = errors.Join(err, s.helperEnded(), anyEnded(s.servers))
+	if !r.fresh {
 		delete(sites, t.name())
 		s.close()
 	}
-	return values, err
+	return nil, err
 }
 
 // describe reports a tool when it has been started for the first time: how, and

@@ -107,19 +107,25 @@ func (l *launcher) start(c command) (*process, error) {
 		return nil, err
 	}
 	errc := make(chan error)
-	l.starts <- func() {
-		errc <- c.ns.do(func() error {
-			if err := unix.SchedSetaffinity(0, &c.cpus); err != nil {
-				return os.NewSyscallError("sched_setaffinity", err)
-			}
-			return p.cmd.Start()
-		})
-	}
+	l.starts <- func() { errc <- p.startHere(c) }
 	if err := <-errc; err != nil {
 		return nil, fmt.Errorf("start %s: %w", c.argv[0], err)
 	}
 	p.pid = p.cmd.Process.Pid
 	return p, nil
+}
+
+// startHere starts the program from the calling thread, which takes on all that
+// it inherits. The thread is the launcher's: it does nothing else, so it need
+// not go back.
+func (p *process) startHere(c command) error {
+	if err := unix.Setns(c.ns.ns.Fd(), unix.CLONE_NEWNET); err != nil {
+		return os.NewSyscallError("setns", err)
+	}
+	if err := unix.SchedSetaffinity(0, &c.cpus); err != nil {
+		return os.NewSyscallError("sched_setaffinity", err)
+	}
+	return p.cmd.Start()
 }
 
 // output reads what the program prints to its end, and waits for it. The

@@ -85,10 +85,10 @@ func (l *lab) newSite(ctx context.Context, t tool, b bed) (_ *site, err error) {
 			return nil, err
 		}
 	}
-	if err := s.serve(ctx, s.client, loadServers([]int{portLoad}, []int{portLoad, portGRO})); err != nil {
+	if err := s.serve(ctx, s.client, loadServers([]int{portLoad}, []int{portLoad}, []int{portGRO})); err != nil {
 		return nil, err
 	}
-	if err := s.serve(ctx, s.host, loadServers([]int{portOutLoad}, outUDP)); err != nil {
+	if err := s.serve(ctx, s.host, loadServers([]int{portOutLoad}, outUDP, nil)); err != nil {
 		return nil, err
 	}
 	if err := t.start(ctx, s); err != nil {
@@ -122,17 +122,16 @@ func (s *site) setContainer(ctx context.Context, n *namespace) error {
 	if err := n.setSysctls(append(s.bed.sysctls, s.bed.container...)); err != nil {
 		return err
 	}
-	return s.serve(ctx, n, append(loadServers([]int{portLoad, portSpare}, []int{portLoad}), "gro/"+strconv.Itoa(portGRO)))
+	return s.serve(ctx, n, loadServers([]int{portLoad, portSpare}, []int{portLoad}, []int{portGRO}))
 }
 
-// loadServers are the arguments of [serve].
-func loadServers(tcp, udp []int) []string {
-	args := []string{}
-	for _, p := range tcp {
-		args = append(args, "tcp/"+strconv.Itoa(p))
-	}
-	for _, p := range udp {
-		args = append(args, "udp/"+strconv.Itoa(p))
+// loadServers are the arguments of [serve] for ports of each kind.
+func loadServers(tcp, udp, gro []int) []string {
+	var args []string
+	for kind, ports := range map[string][]int{"tcp/": tcp, "udp/": udp, "gro/": gro} {
+		for _, p := range ports {
+			args = append(args, kind+strconv.Itoa(p))
+		}
 	}
 	return args
 }
@@ -198,8 +197,10 @@ func (s *site) awaitAnswer(ctx context.Context, port int) error {
 }
 
 // helperEnded returns why a process of the tool has ended, or nil.
-func (s *site) helperEnded() error {
-	for _, p := range s.helpers {
+func (s *site) helperEnded() error { return anyEnded(s.helpers) }
+
+func anyEnded(processes []*process) error {
+	for _, p := range processes {
 		if err := p.ended(); err != nil {
 			return err
 		}
