@@ -118,7 +118,7 @@ func drawBars(title, axis string, bars []bar) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	whiskers.LineStyle.Color = black
+	whiskers.Color = black
 	figures, err := plotter.NewLabels(labels)
 	if err != nil {
 		return nil, err

@@ -106,7 +106,9 @@ func (l *lab) findTools() error {
 		l.infos[t.name()] = info
 		if info.Version, err = t.find(); err != nil {
 			info.Missing = err.Error()
-			l.out.Encode(report{Tool: info})
+			if err := l.out.Encode(report{Tool: info}); err != nil {
+				return err
+			}
 			continue
 		}
 		l.tools = append(l.tools, t)

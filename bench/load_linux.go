@@ -75,7 +75,9 @@ func requestResponse(network, addr string, d time.Duration) (map[string]float64,
 	buf := []byte{askEcho}
 	began := time.Now()
 	for now := began; now.Sub(began) < d; {
-		conn.SetReadDeadline(now.Add(time.Second))
+		if err := conn.SetReadDeadline(now.Add(time.Second)); err != nil {
+			return nil, err
+		}
 		if _, err := conn.Write(buf); err != nil {
 			return nil, err
 		}
@@ -152,12 +154,19 @@ func exchange(addr string) error {
 		return err
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(5 * time.Second))
+	return echo(conn)
+}
+
+// echo sends one byte and waits for it to come back, for at most five seconds.
+func echo(conn net.Conn) error {
+	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		return err
+	}
 	buf := []byte{askEcho}
 	if _, err := conn.Write(buf); err != nil {
 		return err
 	}
-	_, err = io.ReadFull(conn, buf)
+	_, err := io.ReadFull(conn, buf)
 	return err
 }
 
@@ -175,12 +184,7 @@ func holdIdle(addr string, n int) error {
 					continue
 				}
 				conns[i] = conn
-				conn.SetDeadline(time.Now().Add(5 * time.Second))
-				buf := []byte{askEcho}
-				if _, err := conn.Write(buf); err != nil {
-					continue
-				}
-				if _, err := io.ReadFull(conn, buf); err == nil {
+				if echo(conn) == nil {
 					held.Add(1)
 				}
 			}
@@ -293,7 +297,7 @@ func (f *flood) send(run uint64, rate float64, d time.Duration) (sent int, _ err
 	for elapsed := time.Nanosecond; elapsed < d; elapsed = time.Since(began) {
 		due := min(rate*elapsed.Seconds()-float64(sent), 1e6) / float64(f.segments)
 		if due < 1 {
-			unix.Nanosleep(&unix.Timespec{Nsec: 20_000}, nil)
+			_ = unix.Nanosleep(&unix.Timespec{Nsec: 20_000}, nil)
 			continue
 		}
 		n, err := pc.WriteBatch(msgs[:min(udpBatch, int(due))], 0)
@@ -315,7 +319,9 @@ func (f *flood) count(run uint64) (uint64, error) {
 		if _, err := f.conn.Write(ask); err != nil {
 			return 0, err
 		}
-		f.conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+		if err := f.conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+			return 0, err
+		}
 		n, err := f.conn.Read(buf)
 		if err == nil && n == sinkHeader+8 && binary.BigEndian.Uint64(buf[1:]) == run {
 			return binary.BigEndian.Uint64(buf[sinkHeader:]), nil

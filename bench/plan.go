@@ -278,25 +278,25 @@ func hostCC() []row {
 func published() []row {
 	var rows []row
 	for _, b := range []bed{asFound, pastaTuned} {
-		add := func(who, title string, w way, load string, streams int, extra ...string) {
-			r := stream(groupPublished, b, columns, w, load, 4, streams)
+		add := func(who, title string, w way, streams int, extra ...string) {
+			r := stream(groupPublished, b, columns, w, "upload", 4, streams)
 			r.Name = strings.Replace(r.Name, "TCP", "Published/by="+who, 1)
 			r.Title = who + ": " + title
 			if b.name == pastaTuned.name {
 				r.Title += ", with pasta's sysctls"
 			}
-			r.measure = iperf(w, 4, load, streams, extra...)
+			r.measure = iperf(w, 4, "upload", streams, extra...)
 			rows = append(rows, r)
 		}
 		// passt, test/perf/pasta_tcp; its -O0.1 needs an iperf3 that
 		// omits fractions of a second.
-		add("pasta", "host to ns, splice", loopback, "upload", 4, "-Z", "-w", "4M", "-l", "1M")
-		add("pasta", "ns to host, splice", hostLoopback, "upload", 4, "-Z", "-w", "4M", "-l", "1M")
-		add("pasta", "host to ns, tap", remote, "upload", 2, "-Z", "-w", "1M")
-		add("pasta", "ns to host, tap", outside, "upload", 2, "-Z", "-w", "1M")
+		add("pasta", "host to ns, splice", loopback, 4, "-Z", "-w", "4M", "-l", "1M")
+		add("pasta", "ns to host, splice", hostLoopback, 4, "-Z", "-w", "4M", "-l", "1M")
+		add("pasta", "host to ns, tap", remote, 2, "-Z", "-w", "1M")
+		add("pasta", "ns to host, tap", outside, 2, "-Z", "-w", "1M")
 		// RootlessKit, docs/port.md and docs/network.md.
-		add("rootlesskit", "parent to child", loopback, "upload", 1)
-		add("rootlesskit", "child to host", outside, "upload", 1)
+		add("rootlesskit", "parent to child", loopback, 1)
+		add("rootlesskit", "child to host", outside, 1)
 	}
 	return rows
 }

@@ -131,7 +131,7 @@ func (p *process) startHere(c command) error {
 // output reads what the program prints to its end, and waits for it. The
 // program is killed when ctx ends.
 func (p *process) output(ctx context.Context) ([]byte, error) {
-	stop := context.AfterFunc(ctx, func() { p.cmd.Process.Kill() })
+	stop := context.AfterFunc(ctx, p.kill)
 	defer stop()
 	out, _ := io.ReadAll(p.stdout)
 	err := p.cmd.Wait()
@@ -157,7 +157,7 @@ func (p *process) awaitOutput(ctx context.Context, want string) error {
 }
 
 func (p *process) readUntil(ctx context.Context, want string) ([]byte, error) {
-	stop := context.AfterFunc(ctx, func() { p.cmd.Process.Kill() })
+	stop := context.AfterFunc(ctx, p.kill)
 	defer stop()
 	var got []byte
 	buf := make([]byte, 512)
@@ -174,13 +174,15 @@ func (p *process) readUntil(ctx context.Context, want string) ([]byte, error) {
 	return got, nil
 }
 
+func (p *process) kill() { _ = p.cmd.Process.Kill() }
+
 // stop ends the program: SIGTERM, and SIGKILL when that took two seconds.
 func (p *process) stop() {
 	p.stdin.Close()
-	p.cmd.Process.Signal(unix.SIGTERM)
-	kill := time.AfterFunc(2*time.Second, func() { p.cmd.Process.Kill() })
+	_ = p.cmd.Process.Signal(unix.SIGTERM)
+	kill := time.AfterFunc(2*time.Second, p.kill)
 	defer kill.Stop()
-	p.cmd.Wait()
+	_ = p.cmd.Wait()
 }
 
 // ended returns why the program has ended, or nil while it runs.

@@ -145,13 +145,3 @@ func (r *Result) tool(name string) *ToolInfo {
 	}
 	return nil
 }
-
-// row returns a row by name, or nil.
-func (r *Result) row(name string) *Row {
-	for i := range r.Rows {
-		if r.Rows[i].Name == name {
-			return &r.Rows[i]
-		}
-	}
-	return nil
-}

@@ -84,7 +84,7 @@ func answerTCP(conn *net.TCPConn) {
 			return
 		}
 		if buf[0] == askSource {
-			io.WriteString(conn, conn.RemoteAddr().String())
+			_, _ = io.WriteString(conn, conn.RemoteAddr().String())
 			return
 		}
 		if _, err := conn.Write(buf[:n]); err != nil {
@@ -158,11 +158,11 @@ func answerUDP(conn *net.UDPConn, data []byte, from net.Addr, counts map[uint64]
 	case askSink:
 		counts[run] += uint64(len(data))
 	case askCount:
-		conn.WriteTo(binary.BigEndian.AppendUint64(data[:sinkHeader:sinkHeader], counts[run]), from)
+		_, _ = conn.WriteTo(binary.BigEndian.AppendUint64(data[:sinkHeader:sinkHeader], counts[run]), from)
 	case askSource:
-		conn.WriteTo([]byte(from.String()), from)
+		_, _ = conn.WriteTo([]byte(from.String()), from)
 	default:
-		conn.WriteTo(data, from)
+		_, _ = conn.WriteTo(data, from)
 	}
 }
 
@@ -171,7 +171,7 @@ func raiseFileLimit() {
 	var lim unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &lim) == nil {
 		lim.Cur = lim.Max
-		unix.Setrlimit(unix.RLIMIT_NOFILE, &lim)
+		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &lim)
 	}
 }
 

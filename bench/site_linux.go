@@ -153,16 +153,16 @@ func (s *site) startServer(ctx context.Context, n *namespace, want string, argv 
 }
 
 // startHelper starts a process of the tool, on any processor.
-func (s *site) startHelper(n *namespace, env []string, extra []*os.File, argv ...string) (*process, error) {
+func (s *site) startHelper(n *namespace, env []string, extra []*os.File, argv ...string) error {
 	if s.began.IsZero() {
 		s.began = time.Now()
 	}
 	p, err := s.lab.launcher.start(command{ns: n, cpus: s.lab.launcher.all, argv: argv, env: env, extra: extra})
 	if err != nil {
-		return nil, err
+		return err
 	}
 	s.helpers = append(s.helpers, p)
-	return p, nil
+	return nil
 }
 
 // awaitReady connects from the client until the container's server answers.

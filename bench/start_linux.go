@@ -114,7 +114,7 @@ func liftFileLimit() {
 	var lim unix.Rlimit
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &lim) == nil && lim.Max < want {
 		lim.Max = want
-		unix.Setrlimit(unix.RLIMIT_NOFILE, &lim)
+		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &lim)
 	}
 	raiseFileLimit()
 }
@@ -125,7 +125,7 @@ func collect(o *options, from io.Reader, result *Result) error {
 	bar := progressbar.NewOptions(1,
 		progressbar.OptionSetWriter(os.Stderr), progressbar.OptionSetVisibility(term.IsTerminal(int(os.Stderr.Fd()))),
 		progressbar.OptionShowCount(), progressbar.OptionSetPredictTime(true), progressbar.OptionClearOnFinish())
-	defer bar.Finish()
+	defer func() { _ = bar.Finish() }()
 	for {
 		var r report
 		switch err := in.Decode(&r); {
@@ -148,7 +148,7 @@ func collect(o *options, from io.Reader, result *Result) error {
 		case r.Sample != nil:
 			result.Samples = append(result.Samples, *r.Sample)
 			bar.Describe(fmt.Sprintf("round %d  %s  %s", r.Sample.Round+1, r.Sample.Row, r.Sample.Tool))
-			bar.Add(1)
+			_ = bar.Add(1)
 		}
 	}
 }

@@ -38,6 +38,5 @@ func (t fdbased) start(ctx context.Context, s *site) error {
 	for _, p := range publishedTCP {
 		argv = append(argv, "-p", strconv.Itoa(p))
 	}
-	_, err = s.startHelper(s.host, nil, nil, argv...)
-	return err
+	return s.startHelper(s.host, nil, nil, argv...)
 }

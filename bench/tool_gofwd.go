@@ -49,6 +49,5 @@ func (g gofwd) start(ctx context.Context, s *site) error {
 		argv = append(argv, "-p", fmt.Sprintf("%d:%d/udp", p, p))
 	}
 	argv = append(argv, "-T", ports(outTCP), "-U", ports(outUDP))
-	_, err = s.startHelper(s.host, nil, nil, argv...)
-	return err
+	return s.startHelper(s.host, nil, nil, argv...)
 }

@@ -45,8 +45,7 @@ func (p pasta) start(ctx context.Context, s *site) error {
 	if p.mtu != 0 {
 		argv = append(argv, "--mtu", strconv.Itoa(p.mtu))
 	}
-	_, err = s.startHelper(s.host, nil, nil, argv...)
-	return err
+	return s.startHelper(s.host, nil, nil, argv...)
 }
 
 func (pasta) socket(s *site) string { return "/run/" + s.container.name + ".sock" }

@@ -65,7 +65,7 @@ func (r rootlesskit) start(ctx context.Context, s *site) error {
 	for _, p := range publishedUDP {
 		argv = append(argv, "-p", fmt.Sprintf("0.0.0.0:%d:%d/udp4", p, p), "-p", fmt.Sprintf("[::]:%d:%d/udp6", p, p))
 	}
-	if _, err := s.startHelper(s.host, nil, nil, append(argv, "sleep", "infinity")...); err != nil {
+	if err := s.startHelper(s.host, nil, nil, append(argv, "sleep", "infinity")...); err != nil {
 		return err
 	}
 	pid, err := r.childPID(ctx, s)

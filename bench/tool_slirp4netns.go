@@ -37,7 +37,7 @@ func (t slirp4netns) start(ctx context.Context, s *site) error {
 	if err := s.newContainer(ctx); err != nil {
 		return err
 	}
-	_, err = s.startHelper(s.host, nil, nil, path, "--configure", "--mtu=65520", "--disable-host-loopback",
+	err = s.startHelper(s.host, nil, nil, path, "--configure", "--mtu=65520", "--disable-host-loopback",
 		"--netns-type=path", "--api-socket", t.socket(s), s.container.path, "tap0")
 	if err != nil {
 		return err

@@ -2,11 +2,11 @@ package main
 
 import (
 	"fmt"
-	"math"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -57,7 +57,7 @@ func (n *namespace) setUp() error {
 	if err := unix.Mount(fmt.Sprintf("/proc/self/fd/%d", n.ns.Fd()), n.path, "", unix.MS_BIND, ""); err != nil {
 		return os.NewSyscallError("mount", err)
 	}
-	return n.do(func() error { return linkUp("lo") })
+	return n.ns.Configure(netnsutil.Link{})
 }
 
 // do runs fn on a thread in the namespace.
@@ -66,7 +66,7 @@ func (n *namespace) do(fn func() error) error { return n.ns.Do(fn) }
 func (n *namespace) close() {
 	if n.path != "" {
 		// The mount fails to go only where setUp failed to make it.
-		unix.Unmount(n.path, unix.MNT_DETACH)
+		_ = unix.Unmount(n.path, unix.MNT_DETACH)
 		os.Remove(n.path)
 	}
 	n.ns.Close()
@@ -118,72 +118,13 @@ func (n *namespace) tapBytes() (bytes uint64, mtu int, err error) {
 //	198.51.100.3, .2  2001:db8:1::3, ::2 ── eth0 veth eth0 ── 198.51.100.1  2001:db8:1::1
 //	                                        default routes via .2 and ::2, which is the client
 func connect(client, host *namespace) error {
-	err := host.do(func() error {
-		pair := &netlink.Veth{
-			LinkAttrs:     netlink.LinkAttrs{Name: "eth0", MTU: 1500},
-			PeerName:      "eth0",
-			PeerNamespace: netlink.NsFd(client.ns.Fd()),
-		}
-		if err := netlink.LinkAdd(pair); err != nil {
-			return fmt.Errorf("make veth pair: %w", err)
-		}
-		return addAddrs("eth0", hostAddr[:], math.MaxUint32)
-	})
-	if err != nil {
-		return err
+	clientLink := netnsutil.Link{Name: "eth0", MTU: 1500, Addrs: slices.Concat(clientAddr[:], gatewayAddr[:])}
+	hostLink := netnsutil.Link{Name: "eth0", MTU: 1500, Addrs: hostAddr[:]}
+	for i, any := range []string{"0.0.0.0/0", "::/0"} {
+		route := netnsutil.Route{Dst: netip.MustParsePrefix(any), Via: gatewayAddr[i].Addr()}
+		hostLink.Routes = append(hostLink.Routes, route)
 	}
-	err = client.do(func() error {
-		if err := addAddrs("eth0", clientAddr[:], math.MaxUint32); err != nil {
-			return err
-		}
-		// Deprecated: the client never takes it for its own connections.
-		return addAddrs("eth0", gatewayAddr[:], 0)
-	})
-	if err != nil {
-		return err
-	}
-	return host.do(func() error {
-		eth0, err := netlink.LinkByName("eth0")
-		if err != nil {
-			return err
-		}
-		for _, gw := range gatewayAddr {
-			route := &netlink.Route{LinkIndex: eth0.Attrs().Index, Gw: gw.Addr().AsSlice()}
-			if err := netlink.RouteAdd(route); err != nil {
-				return fmt.Errorf("add default route via %s: %w", gw.Addr(), err)
-			}
-		}
-		return nil
-	})
-}
-
-// addAddrs brings an interface up with addresses that are usable at once, and
-// preferred for so many seconds.
-func addAddrs(name string, addrs []netip.Prefix, preferred int) error {
-	link, err := netlink.LinkByName(name)
-	if err != nil {
-		return err
-	}
-	for _, a := range addrs {
-		addr := &netlink.Addr{
-			IPNet:       &net.IPNet{IP: a.Addr().AsSlice(), Mask: net.CIDRMask(a.Bits(), a.Addr().BitLen())},
-			Flags:       unix.IFA_F_NODAD,
-			ValidLft:    math.MaxUint32,
-			PreferedLft: preferred,
-		}
-		if err := netlink.AddrAdd(link, addr); err != nil {
-			return fmt.Errorf("add address %s: %w", a, err)
-		}
-	}
-	return netlink.LinkSetUp(link)
-}
-
-func linkUp(name string) error {
-	link, err := netlink.LinkByName(name)
-	if err != nil {
-		return err
-	}
-	return netlink.LinkSetUp(link)
+	return netnsutil.Veth(host.ns, hostLink, client.ns, clientLink)
 }
 
 // ask connects from the namespace, sends a question, and returns the beginning
@@ -199,7 +140,9 @@ func (n *namespace) ask(network string, addr netip.AddrPort, question string) (s
 		return "", err
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(timeout))
+	if err := conn.SetDeadline(time.Now().Add(timeout)); err != nil {
+		return "", err
+	}
 	if _, err := conn.Write([]byte(question)); err != nil {
 		return "", err
 	}

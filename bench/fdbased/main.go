@@ -16,7 +16,6 @@ import (
 	"runtime/debug"
 	"strconv"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/adapters/gonet"
@@ -61,7 +60,14 @@ func run() error {
 		return err
 	}
 	var tap int
-	if err := ns.Do(func() (err error) { tap, err = openTap(int(*mtu)); return err }); err != nil {
+	if err := ns.Do(func() (err error) { tap, err = openTap(); return err }); err != nil {
+		return err
+	}
+	link := netnsutil.Link{
+		Name: "tap0", MTU: int(*mtu), Addrs: []netip.Prefix{netip.PrefixFrom(guest, 24)},
+		Routes: []netnsutil.Route{{Dst: netip.MustParsePrefix("0.0.0.0/0"), Via: gateway}},
+	}
+	if err := ns.Configure(link); err != nil {
 		return err
 	}
 	s, err := newStack(tap, uint32(*mtu))
@@ -92,8 +98,8 @@ func gvisorVersion() string {
 	return "unknown"
 }
 
-// openTap makes tap0 with an address and a default route.
-func openTap(mtu int) (int, error) {
+// openTap makes tap0 in the namespace of the calling thread.
+func openTap() (int, error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return 0, fmt.Errorf("open /dev/net/tun: %w", err)
@@ -106,21 +112,7 @@ func openTap(mtu int) (int, error) {
 	if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr); err != nil {
 		return 0, fmt.Errorf("make tap: %w", os.NewSyscallError("ioctl", err))
 	}
-	link, err := netlink.LinkByName("tap0")
-	if err != nil {
-		return 0, err
-	}
-	if err := netlink.LinkSetMTU(link, mtu); err != nil {
-		return 0, err
-	}
-	addr := &netlink.Addr{IPNet: &net.IPNet{IP: guest.AsSlice(), Mask: net.CIDRMask(24, 32)}}
-	if err := netlink.AddrAdd(link, addr); err != nil {
-		return 0, err
-	}
-	if err := netlink.LinkSetUp(link); err != nil {
-		return 0, err
-	}
-	return fd, netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: gateway.AsSlice()})
+	return fd, nil
 }
 
 func newStack(tap int, mtu uint32) (*stack.Stack, error) {
@@ -208,13 +200,13 @@ func relay(a *gonet.TCPConn, b *net.TCPConn) {
 	defer b.Close()
 	done := make(chan struct{})
 	go copyToHost(b, a, done)
-	io.Copy(a, b)
-	a.CloseWrite()
+	_, _ = io.Copy(a, b) // whatever ended it, the other direction may go on
+	_ = a.CloseWrite()
 	<-done
 }
 
 func copyToHost(b *net.TCPConn, a *gonet.TCPConn, done chan<- struct{}) {
-	io.Copy(b, a)
-	b.CloseWrite()
+	_, _ = io.Copy(b, a)
+	_ = b.CloseWrite()
 	close(done)
 }
