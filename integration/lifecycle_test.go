@@ -2,6 +2,7 @@ package integration
 
 import (
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -96,22 +97,14 @@ func TestRunPublishes(t *testing.T) {
 	t.Parallel()
 	need(t, "socat")
 	tp := newTopo(t)
-	tp.host.startGofwdCmd(t, tp.ctr.id, asUser(t, gofwdCmd("run", "-p", "8080:80", "--",
-		"socat", "TCP6-LISTEN:80,ipv6only=0,fork,reuseaddr", "SYSTEM:echo $SOCAT_PEERADDR")))
+	g := tp.host.startGofwdCmd(t, tp.ctr.id, asUser(t, gofwdCmd("run", "-p", "8080:80", "--",
+		"socat", "-d", "-d", "TCP6-LISTEN:80,ipv6only=0,fork,reuseaddr", "SYSTEM:echo $SOCAT_PEERADDR")))
+	g.waitLog(t, "listening on")
 	eachFamily(t, func(t *testing.T, f family) {
-		var line string
-		eventually(t, "socat does not answer", func() bool {
-			c, err := tp.client.tryTCP(f.client2, netip.AddrPortFrom(f.host, 8080), patience)
-			if err != nil {
-				return false
-			}
-			defer c.Close()
-			c.SetReadDeadline(time.Now().Add(patience))
-			buf := make([]byte, 256)
-			n, err := c.Read(buf)
-			line = strings.TrimSpace(string(buf[:n]))
-			return err == nil
-		})
+		c := tp.client.dialTCP(t, f.client2, netip.AddrPortFrom(f.host, 8080))
+		b, err := io.ReadAll(c)
+		require.NoError(t, err)
+		line := strings.TrimSpace(string(b))
 		got, err := netip.ParseAddr(strings.Trim(line, "[]"))
 		require.NoError(t, err)
 		require.Equal(t, f.client2, got.Unmap())
