@@ -3,6 +3,7 @@ package forward
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -217,4 +218,17 @@ func processName(pid int) string {
 		name = filepath.Base(program)
 	}
 	return name
+}
+
+// NameHolder returns e with the holder of its port named in its cause, if e is
+// about a busy port of the host and /proc tells who has it. [Start] does so
+// already; this is for the process that started the one where Start failed, when
+// that is in a user namespace and may not look at the host's processes.
+func NameHolder(e *Error) *Error {
+	if e.Rule.Dir != In || !errors.Is(e.Err, unix.EADDRINUSE) {
+		return e
+	}
+	named := *e
+	named.Err = (&binder{}).nameHolder(&Error{Op: e.Op, Rule: e.Rule, Err: unix.EADDRINUSE})
+	return &named
 }

@@ -31,6 +31,8 @@ func TestHolder(t *testing.T) {
 				require.ErrorIs(t, err, unix.EADDRINUSE)
 				require.EqualError(t, err, fmt.Sprintf("bind host port %s: in use by sleep (pid %d)", rule(tt.wanted).endpoint(), pid))
 				require.Equal(t, "stop what uses it, or choose another port", Hint(err))
+				bare := &Error{Op: "bind host port", Rule: rule(tt.wanted), Err: unix.EADDRINUSE}
+				require.EqualError(t, NameHolder(bare), err.Error())
 			})
 		})
 	}
