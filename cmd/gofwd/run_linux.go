@@ -65,5 +65,9 @@ func (o *options) run(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
+	defer killOrphans()
+	if err := adoptOrphans(in.pid); err != nil {
+		return err
+	}
 	return u.supervise(in, nil)
 }
