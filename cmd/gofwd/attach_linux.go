@@ -122,42 +122,43 @@ func waitGone(ctx context.Context, ns *netnsutil.NS, gone chan<- struct{}) {
 // openTarget opens the namespace to attach to, and the user namespace that owns
 // it unless that is our own.
 func (o *options) openTarget() (ns *netnsutil.NS, userNS *os.File, err error) {
-	if o.pid != 0 {
-		ns, err = netnsutil.OpenPID(o.pid)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, nil, fmt.Errorf("attach to process %d: no such process", o.pid)
-		}
-	} else {
+	if o.pid == 0 {
 		ns, err = netnsutil.Open(o.netns)
+	} else if ns, err = netnsutil.OpenPID(o.pid); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("attach to process %d: no such process", o.pid)
 	}
 	if err != nil {
 		return nil, nil, o.explainEntry(err)
 	}
-	defer func() {
-		if err != nil {
-			ns.Close()
-		}
-	}()
+	userNS, err = ownerToJoin(ns)
+	if err != nil {
+		ns.Close()
+		return nil, nil, o.explainEntry(err)
+	}
+	return ns, userNS, nil
+}
+
+// ownerToJoin returns the user namespace that owns ns, or nil if it is our own
+// and there is nothing to join.
+func ownerToJoin(ns *netnsutil.NS) (*os.File, error) {
 	here, err := netnsutil.Current()
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer here.Close()
 	if here.Equal(ns) {
-		return nil, nil, fmt.Errorf("attach to network namespace %s: it is our own, the host's", ns)
+		return nil, fmt.Errorf("attach to network namespace %s: it is our own, the host's", ns)
 	}
-	if userNS, err = netnsutil.OwnerUserNS(ns); err != nil {
-		return nil, nil, o.explainEntry(err)
+	owner, err := netnsutil.OwnerUserNS(ns)
+	if err != nil {
+		return nil, err
 	}
-	if !netnsutil.SameUserNS(userNS) {
-		return ns, userNS, nil
+	if !netnsutil.SameUserNS(owner) {
+		return owner, nil
 	}
-	userNS.Close()
+	owner.Close()
 	// Only the attempt tells whether we have the capabilities.
-	if err := ns.Do(func() error { return nil }); err != nil {
-		return nil, nil, o.explainEntry(err)
-	}
-	return ns, nil, nil
+	return nil, ns.Do(func() error { return nil })
 }
 
 // explainEntry says how else the namespace could be entered.

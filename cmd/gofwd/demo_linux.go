@@ -174,7 +174,7 @@ func printDemo(w io.Writer, cases []*demoCase, status forward.Status) error {
 	t.Flush()
 	for _, r := range status.Rules {
 		if r.Reason != "" {
-			fmt.Fprintf(w, "%s: %s\n", r.Rule, r.Reason)
+			fmt.Fprintf(w, "\n%s goes by the %s path: %s\n", r.Rule, r.Path, r.Reason)
 		}
 	}
 	if broken > 0 {

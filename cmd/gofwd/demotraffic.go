@@ -3,11 +3,13 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -19,6 +21,7 @@ const (
 	demoRoundTrips = 50
 	demoTransfer   = 300 * time.Millisecond // of throughput, per client
 	demoTimeout    = 5 * time.Second        // for an answer
+	demoSilence    = 200 * time.Millisecond // after which a datagram won't come
 	demoDatagram   = 1400                   // bytes
 )
 
@@ -160,22 +163,46 @@ func measureUDP(ctx context.Context, from *netnsutil.NS, to netip.AddrPort) (r d
 	}
 	defer conn.Close()
 	buf := make([]byte, demoDatagram)
-	r, err = roundTrips(conn, func() (string, error) {
-		conn.SetDeadline(time.Now().Add(demoTimeout))
-		if _, err := conn.Write([]byte("whoami")); err != nil {
-			return "", err
-		}
-		n, err := conn.Read(buf)
+	if r, err = roundTrips(conn, func() (string, error) {
+		n, err := askUDP(conn, "whoami", buf)
 		return string(buf[:n]), err
-	})
+	}); err != nil {
+		return r, err
+	}
+	begin := time.Now()
+	total, err := askUDP(conn, "zeros", buf)
 	if err != nil {
 		return r, err
 	}
-	if _, err := conn.Write([]byte("zeros")); err != nil {
-		return r, err
+	// To the end, so that it is not in the way of the next client.
+	last := time.Now()
+	for {
+		conn.SetDeadline(time.Now().Add(demoSilence))
+		n, err := conn.Read(buf)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			break
+		} else if err != nil {
+			return r, err
+		}
+		last, total = time.Now(), total+n
 	}
-	r.rate, err = rateOf(conn)
-	return r, err
+	r.rate = float64(total) * 8 / last.Sub(begin).Seconds()
+	return r, nil
+}
+
+// askUDP sends a datagram and reads what comes. A datagram may get lost, so it is
+// sent again after a while.
+func askUDP(c net.Conn, question string, answer []byte) (n int, err error) {
+	for end := time.Now().Add(demoTimeout); time.Now().Before(end); {
+		c.SetDeadline(time.Now().Add(demoSilence))
+		if _, err = c.Write([]byte(question)); err != nil {
+			return 0, err
+		}
+		if n, err = c.Read(answer); !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+	}
+	return 0, err
 }
 
 // roundTrips asks the container over c, again and again, which address it sees.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -101,7 +102,11 @@ func (i *inner) start(ctx context.Context) error {
 	cfg := i.opts.config
 	cfg.NetNS, cfg.Capture, cfg.Logger = i.ns, i.capture, i.log
 	f, err := forward.Start(ctx, cfg)
-	if err != nil {
+	var onRule *forward.Error
+	if errors.As(err, &onRule) && errors.Is(err, unix.EADDRINUSE) && i.spawned() {
+		i.tell(message{Busy: &busyPort{onRule.Op, onRule.Rule}})
+		return exitStatus(exitFailure)
+	} else if err != nil {
 		return err
 	}
 	i.forwarder = f
@@ -139,11 +144,15 @@ func (i *inner) ready() error {
 			return err
 		}
 	}
-	if _, err := i.link.Write([]byte{linkReady}); err != nil {
-		return fmt.Errorf("tell that gofwd is ready: %w", err)
-	}
+	i.tell(message{Ready: true})
 	return nil
 }
+
+// tell sends a message to outer. If that is gone, readSignals notices.
+func (i *inner) tell(m message) { _ = json.NewEncoder(i.link).Encode(m) }
+
+// spawned reports whether inner is a process of its own.
+func (i *inner) spawned() bool { return i.own != nil }
 
 // readSignals delivers the signals that outer sends, and closes orders when
 // outer is gone.
@@ -172,6 +181,10 @@ func (i *inner) run(ctx context.Context, argv []string) error {
 		log:        i.log,
 	}
 	if err := cmd.start(); err != nil {
+		return err
+	}
+	defer killOrphans()
+	if err := adoptOrphans(cmd.cmd.Process.Pid); err != nil {
 		return err
 	}
 	orders := make(chan syscall.Signal)

@@ -14,6 +14,8 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"github.com/stretchr/testify/require"
+
+	"github.com/gofwd/gofwd/forward"
 )
 
 func TestReport(t *testing.T) {
@@ -83,6 +85,21 @@ func TestManPage(t *testing.T) {
 		if strings.HasPrefix(line, ".") {
 			require.Regexp(t, `^\.(TH|SH|SS|SY|YS|PP|TP|B|I|nf|fi)( "|\n)`, line)
 		}
+	}
+}
+
+// A broken promise is the demo's failure, and is pointed out.
+func TestDemoBroken(t *testing.T) {
+	own := netip.MustParseAddrPort("198.51.100.2:40000")
+	good := &demoCase{client: "remote", proto: forward.TCP, promised: own.Addr(), demoResult: demoResult{local: own, saw: own}}
+	var b bytes.Buffer
+	require.NoError(t, printDemo(&b, []*demoCase{good}, forward.Status{}))
+	for _, saw := range []string{"10.0.2.2:40000", "198.51.100.2:40001"} {
+		bad := *good
+		bad.saw = netip.MustParseAddrPort(saw)
+		b.Reset()
+		require.ErrorContains(t, printDemo(&b, []*demoCase{good, &bad}, forward.Status{}), "1 of 2 clients")
+		require.Contains(t, b.String(), "WRONG")
 	}
 }
 

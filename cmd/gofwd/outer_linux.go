@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net"
@@ -11,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/gofwd/gofwd/forward"
 	"github.com/gofwd/gofwd/netnsutil"
 )
 
@@ -36,9 +38,9 @@ import (
 // system is opened by outer: under podman's --userns=auto, inner is somebody
 // else.
 //
-// The link is a socket pair. Outer sends the numbers of signals, inner one byte
-// when it is ready; whoever reads its end knows that the other is gone, kill -9
-// included. All three processes stay in the process group of the shell's job:
+// The link is a socket pair. Outer sends the numbers of signals, one byte each,
+// inner a message when it is ready; whoever reads its end knows that the other is
+// gone, kill -9 included. All three processes stay in the process group of the shell's job:
 // the terminal's ^C and ^Z reach COMMAND by themselves. Outer and inner outlive
 // ^C, and stop and continue on ^Z and fg like any job. A signal that inner gets
 // as well as outer was sent to the group, and isn't passed on a second time.
@@ -46,8 +48,19 @@ import (
 // attach in the user namespace where it runs already (root, podman unshare)
 // needs one process; then inner is a goroutine.
 
-// linkReady is inner's message to outer.
-const linkReady = 'r'
+// message is what inner has to tell outer, as JSON.
+type message struct {
+	// Ready says that everything is up.
+	Ready bool `json:"ready,omitempty"`
+	// Busy is why everything is to end: a port that somebody else has.
+	// Who, outer may find out, and inner may not.
+	Busy *busyPort `json:"busy,omitempty"`
+}
+
+type busyPort struct {
+	Op   string       `json:"op"`
+	Rule forward.Rule `json:"rule"`
+}
 
 // firstInnerFD is the first descriptor that a spawned inner process takes over:
 // the link, the control socket, the capture if there is --pcap, and attach's
@@ -138,6 +151,7 @@ func (u *outer) close() {
 // ends.
 type inside struct {
 	link *os.File
+	pid  int // 0 in this process
 	done chan error
 }
 
@@ -176,7 +190,7 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 		ours.Close()
 		return nil, err
 	}
-	in := &inside{link: ours, done: make(chan error, 1)}
+	in := &inside{link: ours, pid: proc.Pid, done: make(chan error, 1)}
 	go in.waitProcess(proc)
 	return in, nil
 }
@@ -210,22 +224,29 @@ func (u *outer) supervise(in *inside, gone <-chan struct{}) error {
 	signals := make(chan os.Signal, 16)
 	catchSignals(signals)
 	defer signal.Stop(signals)
-	ready := make(chan struct{})
-	go in.waitReady(ready)
+	messages := make(chan message)
+	go in.readMessages(messages)
 	exit := make(chan struct{})
 	if u.exitFD != nil {
 		go waitExit(u.exitFD, exit)
 	}
 
-	var failed error
-	for {
+	// Inner's last words come before its end.
+	var failed, result error
+	for running := true; running || messages != nil; {
 		select {
 		case s := <-signals:
 			in.send(s)
-		case <-ready:
-			ready = nil
-			if failed = u.announce(); failed != nil {
-				in.link.Close()
+		case m, ok := <-messages:
+			switch {
+			case !ok:
+				messages = nil
+			case m.Ready:
+				if failed = u.announce(); failed != nil {
+					in.link.Close()
+				}
+			case m.Busy != nil:
+				failed = forward.NameHolder(&forward.Error{Op: m.Busy.Op, Rule: m.Busy.Rule, Err: unix.EADDRINUSE})
 			}
 		case <-exit:
 			exit = nil
@@ -233,20 +254,25 @@ func (u *outer) supervise(in *inside, gone <-chan struct{}) error {
 		case <-gone:
 			gone = nil
 			in.link.Close()
-		case err := <-in.done:
-			if failed != nil {
-				return failed
-			}
-			return err
+		case result = <-in.done:
+			running = false
 		}
 	}
+	if failed != nil {
+		return failed
+	}
+	return result
 }
 
-// waitReady closes ready when inner says so.
-func (in *inside) waitReady(ready chan<- struct{}) {
-	b := make([]byte, 1)
-	if _, err := in.link.Read(b); err == nil && b[0] == linkReady {
-		close(ready)
+// readMessages delivers inner's messages, and closes messages when it has ended.
+func (in *inside) readMessages(messages chan<- message) {
+	defer close(messages)
+	for d := json.NewDecoder(in.link); ; {
+		var m message
+		if err := d.Decode(&m); err != nil {
+			return
+		}
+		messages <- m
 	}
 }
 
@@ -310,6 +336,11 @@ func (u *outer) serveHere(ctx context.Context, ns *netnsutil.NS) (*inside, error
 	if u.capture != nil {
 		i.capture = u.capture
 	}
-	go func() { in.done <- i.attach(ctx) }()
+	go in.attachHere(ctx, i)
 	return in, nil
+}
+
+func (in *inside) attachHere(ctx context.Context, i *inner) {
+	defer i.link.Close()
+	in.done <- i.attach(ctx)
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -48,8 +49,10 @@ func toName(s string) string {
 // made if there is none, and is known to belong to the user alone.
 func runtimeDir() (string, error) {
 	uid := os.Geteuid()
-	dir := filepath.Join(os.TempDir(), "gofwd-"+strconv.Itoa(uid))
-	if xdg := os.Getenv("XDG_RUNTIME_DIR"); uid == 0 && inInitialUserNS() {
+	// In a user namespace everybody is root.
+	outside, initial := outsideUID(uid)
+	dir := filepath.Join(os.TempDir(), "gofwd-"+strconv.Itoa(outside))
+	if xdg := os.Getenv("XDG_RUNTIME_DIR"); uid == 0 && initial {
 		dir = "/run/gofwd"
 	} else if xdg != "" && ownedBy(xdg, uid) {
 		dir = filepath.Join(xdg, "gofwd")
@@ -76,11 +79,21 @@ func ownedBy(dir string, uid int) bool {
 	return unix.Stat(dir, &st) == nil && int(st.Uid) == uid
 }
 
-// inInitialUserNS reports whether root is the real root. A user namespace can be
-// made that looks the same, but only by the real root.
-func inInitialUserNS() bool {
+// outsideUID returns who uid is in the parent of our user namespace, and whether
+// this is the initial one, which has none. (The real root can make one that looks
+// the same; he may.)
+func outsideUID(uid int) (outside int, initial bool) {
 	m, err := os.ReadFile("/proc/self/uid_map")
-	return err == nil && strings.Join(strings.Fields(string(m)), " ") == "0 0 4294967295"
+	if err != nil {
+		return uid, false
+	}
+	for line := range strings.Lines(string(m)) {
+		var inside, first, count int
+		if _, err := fmt.Sscan(line, &inside, &first, &count); err == nil && uid >= inside && uid-inside < count {
+			return first + uid - inside, inside == 0 && first == 0 && count == math.MaxUint32
+		}
+	}
+	return uid, false
 }
 
 // listenControl makes the control socket of an instance. If name is "", it is
