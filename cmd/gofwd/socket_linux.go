@@ -104,16 +104,11 @@ func listenControl(name, hint string) (*net.UnixListener, ownFile, error) {
 	if err != nil {
 		return nil, ownFile{}, err
 	}
-	// Between finding a stale socket and taking its place nobody else may
-	// do the same.
-	lock, err := os.Open(dir)
+	lock, err := lockDir(dir)
 	if err != nil {
-		return nil, ownFile{}, fmt.Errorf("open runtime directory: %w", err)
+		return nil, ownFile{}, err
 	}
 	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return nil, ownFile{}, fmt.Errorf("lock runtime directory: %w", err)
-	}
 	derived := toName(hint)
 	for n := 1; ; n++ {
 		try := name
@@ -150,6 +145,37 @@ func listenControl(name, hint string) (*net.UnixListener, ownFile, error) {
 		}
 		return l, own, nil
 	}
+}
+
+// lockDir keeps others from taking a name in dir, or from removing one, until
+// the file is closed: between finding a stale socket and removing it, somebody
+// else may have found it too.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open runtime directory: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock runtime directory: %w", err)
+	}
+	return f, nil
+}
+
+// removeStale removes a socket that nobody listens on.
+func removeStale(path string) error {
+	lock, err := lockDir(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if _, alive := socketHolder(path); alive {
+		return nil
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove stale control socket: %w", err)
+	}
+	return nil
 }
 
 // socketHolder reports whether somebody listens on a socket, and who.

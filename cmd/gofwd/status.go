@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -68,12 +69,18 @@ func showStatus(ctx context.Context, w io.Writer, name string, asJSON bool) erro
 	}
 	all := []instanceStatus{}
 	for _, n := range names {
-		s, err := queryStatus(ctx, filepath.Join(dir, n+socketSuffix))
+		socket := filepath.Join(dir, n+socketSuffix)
+		s, err := queryStatus(ctx, socket)
+		if isNobodyThere(err) {
+			if err := removeStale(socket); err != nil {
+				return err
+			}
+		}
 		switch {
 		case err == nil:
 			s.Name = n
 			all = append(all, s)
-		case !isNobodyThere(err):
+		case !isNobodyThere(err) && !isEnding(err):
 			return fmt.Errorf("ask %s for its status: %w", n, err)
 		case name != "":
 			return &hintedError{fmt.Errorf("no gofwd named %q runs", name), "gofwd status lists those that do"}
@@ -145,6 +152,13 @@ func queryStatus(ctx context.Context, socket string) (instanceStatus, error) {
 		return s, errors.New(resp.Status)
 	}
 	return s, json.NewDecoder(resp.Body).Decode(&s.Status)
+}
+
+// isEnding reports whether err is that of an instance that ended while it was
+// asked.
+func isEnding(err error) bool {
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) ||
+		errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
 }
 
 // print shows an instance to people.
