@@ -66,7 +66,8 @@ func TestPlanNetwork(t *testing.T) {
 		{"default", Network{}, lan, private},
 		{"host without network", Network{}, hostNetwork{}, private},
 		{
-			"host is in the net already", Network{},
+			"host is in the net already",
+			Network{},
 			hostNetwork{nets: prefixes("10.0.2.15/24", "10.0.3.1/30", "fd67:6f66:7764::100/64")},
 			want{
 				addrs:    prefixes("10.0.4.100/24", "fd67:6f66:7764:1::100/64"),
@@ -86,7 +87,9 @@ func TestPlanNetwork(t *testing.T) {
 			alias: private.alias[1:], routes: defaults[1:],
 		}},
 		{
-			"own address", Network{Addrs: prefixes("172.30.0.2/16")}, lan,
+			"own address",
+			Network{Addrs: prefixes("172.30.0.2/16")},
+			lan,
 			with(func(w *want) {
 				w.addrs = prefixes("172.30.0.2/16", "fd67:6f66:7764::100/64")
 				w.private = prefixes("172.30.0.0/16", "fd67:6f66:7764::/64")
@@ -96,7 +99,9 @@ func TestPlanNetwork(t *testing.T) {
 			}),
 		},
 		{
-			"small net", Network{Addrs: prefixes("172.30.0.2/29"), NoIPv6: true}, lan,
+			"small net",
+			Network{Addrs: prefixes("172.30.0.2/29"), NoIPv6: true},
+			lan,
 			want{
 				addrs: prefixes("172.30.0.2/29"), private: prefixes("172.30.0.0/29"),
 				gateways: addrs("172.30.0.3"), dns: addrs("172.30.0.4"), alias: private.alias[:1],
@@ -104,7 +109,9 @@ func TestPlanNetwork(t *testing.T) {
 			},
 		},
 		{
-			"net of two, without room for DNS", Network{Addrs: prefixes("172.30.0.1/30"), NoIPv6: true}, lan,
+			"net of two, without room for DNS",
+			Network{Addrs: prefixes("172.30.0.1/30"), NoIPv6: true},
+			lan,
 			want{
 				addrs: prefixes("172.30.0.1/30"), private: prefixes("172.30.0.0/30"),
 				gateways: addrs("172.30.0.2"), dns: addrs("169.254.1.1"), alias: private.alias[:1],
@@ -112,9 +119,11 @@ func TestPlanNetwork(t *testing.T) {
 			},
 		},
 		{
-			"single address, gateway elsewhere", Network{
+			"single address, gateway elsewhere",
+			Network{
 				Addrs: prefixes("172.30.0.1/32"), Gateways: addrs("169.254.7.7"), NoIPv6: true,
-			}, lan,
+			},
+			lan,
 			want{
 				addrs: prefixes("172.30.0.1/32"), private: prefixes("172.30.0.1/32"),
 				gateways: addrs("169.254.7.7"), dns: addrs("169.254.1.1"), alias: private.alias[:1],
@@ -123,16 +132,19 @@ func TestPlanNetwork(t *testing.T) {
 		},
 		{
 			"address of the host's own net: its neighbours are real",
-			Network{Addrs: prefixes("192.0.2.50/24"), Gateways: addrs("192.0.2.1"), NoIPv6: true}, lan,
+			Network{Addrs: prefixes("192.0.2.50/24"), Gateways: addrs("192.0.2.1"), NoIPv6: true},
+			lan,
 			want{
 				addrs: prefixes("192.0.2.50/24"), gateways: addrs("192.0.2.1"), dns: addrs("169.254.1.1"), alias: private.alias[:1],
 				routes: []netnsutil.Route{linkRoute("0.0.0.0/0", "192.0.2.1")},
 			},
 		},
 		{
-			"special addresses", Network{
+			"special addresses",
+			Network{
 				DNS: addrs("169.254.1.1", "10.0.2.53"), HostAlias: addrs("10.0.2.9"), MapHostLoopback: addrs("10.0.2.2", "fd00::7"),
-			}, lan,
+			},
+			lan,
 			with(func(w *want) {
 				w.dns = addrs("169.254.1.1", "10.0.2.53", "fd67:6f66:7764::3")
 				w.alias = addrs("10.0.2.9", "fd67:6f66:7764::1")
@@ -141,7 +153,9 @@ func TestPlanNetwork(t *testing.T) {
 		},
 		{"no special addresses", Network{NoDNS: true, NoHostAlias: true}, lan, with(func(w *want) { w.dns, w.alias = nil, nil })},
 		{
-			"the host's addresses", Network{CopyHost: true}, lan,
+			"the host's addresses",
+			Network{CopyHost: true},
+			lan,
 			want{
 				addrs:    lan.main.Addrs,
 				gateways: addrs("192.0.2.1", "fe80::1"),
@@ -151,21 +165,26 @@ func TestPlanNetwork(t *testing.T) {
 			},
 		},
 		{
-			"the host's addresses, of one family", Network{CopyHost: true}, v4,
+			"the host's addresses, of one family",
+			Network{CopyHost: true},
+			v4,
 			want{
 				addrs: v4.main.Addrs, gateways: addrs("192.0.2.1"), dns: addrs("169.254.1.1"),
 				alias: private.alias[:1], routes: v4.main.Routes,
 			},
 		},
 		{
-			"the host's addresses, but another gateway", Network{CopyHost: true, Gateways: addrs("192.0.2.99")}, v4,
+			"the host's addresses, but another gateway",
+			Network{CopyHost: true, Gateways: addrs("192.0.2.99")},
+			v4,
 			want{
 				addrs: v4.main.Addrs, gateways: addrs("192.0.2.99"), dns: addrs("169.254.1.1"),
 				alias: private.alias[:1], routes: []netnsutil.Route{linkRoute("0.0.0.0/0", "192.0.2.99")},
 			},
 		},
 		{
-			"the host's addresses, no default route", Network{CopyHost: true, NoIPv6: true},
+			"the host's addresses, no default route",
+			Network{CopyHost: true, NoIPv6: true},
 			hostNetwork{main: netnsutil.Link{Addrs: prefixes("192.0.2.10/24")}},
 			want{
 				addrs: prefixes("192.0.2.10/24"), dns: addrs("169.254.1.1"), alias: private.alias[:1],

@@ -107,7 +107,8 @@ func TestStartErrors(t *testing.T) {
 		says []string
 	}{
 		{
-			"port in use", []string{"-p", "9999:80"},
+			"port in use",
+			[]string{"-p", "9999:80"},
 			[]string{"9999", "in use", "socat", fmt.Sprint(holder.cmd.Process.Pid)},
 		},
 		{"UDP port in use", []string{"-p", "9999:80/udp"}, []string{"9999", "in use", "socat"}},

@@ -86,7 +86,7 @@ func (m *toSocket) Write(b []byte) (int, error) {
 	done := 0
 	for done < len(b) {
 		n, err := unix.Write(m.fd, b[done:])
-		switch err { //nolint:errorlint // a bare errno, on the fast path
+		switch err {
 		case nil:
 			done += n
 		case unix.EINTR:
@@ -144,7 +144,7 @@ func (m *fromSocket) step(fd uintptr) bool {
 		// loses what it has read if it gets less.
 		n, err := readable(m.fd)
 		switch {
-		case err == unix.EAGAIN: //nolint:errorlint // a bare errno, on the fast path
+		case errors.Is(err, unix.EAGAIN):
 			return false
 		case err != nil:
 			m.err = err
@@ -175,9 +175,9 @@ func readable(fd int) (int, error) {
 	for {
 		n, _, err := unix.Recvfrom(fd, b[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
 		switch {
-		case err == unix.EINTR: //nolint:errorlint // a bare errno, on the fast path
+		case err == unix.EINTR:
 			continue
-		case err == unix.EAGAIN: //nolint:errorlint // likewise
+		case err == unix.EAGAIN:
 			return 0, err
 		case err != nil:
 			return 0, &net.OpError{Op: "read", Net: "tcp", Err: os.NewSyscallError("recvfrom", err)}
@@ -198,7 +198,7 @@ func (m *fromSocket) Read(b []byte) (int, error) {
 	for len(b) > 0 {
 		n, err := unix.Read(m.fd, b)
 		switch {
-		case err == unix.EINTR: //nolint:errorlint // a bare errno, on the fast path
+		case err == unix.EINTR:
 			continue
 		case err != nil:
 			return 0, err

@@ -319,7 +319,7 @@ func turn(b []byte) []byte {
 func TestFragmentsAreBounded(t *testing.T) {
 	k := newCollect()
 	w := newWire(t, Config{UDP: k.take})
-	var drops = &w.s.stats.fragments
+	drops := &w.s.stats.fragments
 	r := reassembly{drops: drops}
 	now := time.Unix(0, 0)
 	r.now = func() time.Time { return now }

@@ -184,17 +184,15 @@ const (
 // tcpOptions are gVisor's options for TCP that differ from its defaults.
 var tcpOptions = []tcpip.SettableTransportProtocolOption{
 	// Off by default, on in every kernel since 1999.
-	ptr(tcpip.TCPSACKEnabled(true)),
+	new(tcpip.TCPSACKEnabled(true)),
 	&tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxBuffer},
 	&tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: defaultBuffer, Max: maxBuffer},
 	// A buffer grows with what its flow needs, up to the maximum.
-	ptr(tcpip.TCPModerateReceiveBufferOption(true)),
+	new(tcpip.TCPModerateReceiveBufferOption(true)),
 	// The link neither reorders nor delays segments, so that none turns up
 	// from an earlier connection; 60 s would only keep the ports busy.
-	ptr(tcpip.TCPTimeWaitTimeoutOption(time.Second)),
+	new(tcpip.TCPTimeWaitTimeoutOption(time.Second)),
 }
-
-func ptr[T any](v T) *T { return &v }
 
 // track remembers an open connection for Close; it returns false if that has
 // already been called.

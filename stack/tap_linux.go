@@ -104,15 +104,16 @@ func (t *tap) Read(bufs [][]byte, idle func()) (int, error) {
 
 func (t *tap) tryRead(fd uintptr) bool {
 	for {
-		t.readLen, t.readErr = unix.Readv(int(fd), t.readBuf)
-		switch t.readErr { //nolint:errorlint // a bare errno, on the fast path
-		case unix.EAGAIN:
+		n, err := unix.Readv(int(fd), t.readBuf)
+		if err == unix.EINTR {
+			continue
+		}
+		t.readLen, t.readErr = n, err
+		if err == unix.EAGAIN {
 			if t.idle != nil {
 				t.idle()
 			}
 			return false
-		case unix.EINTR:
-			continue
 		}
 		return true
 	}
@@ -128,7 +129,7 @@ func (t *tap) Write(bufs [][]byte) error {
 	}
 	for {
 		_, err := unix.Writev(t.fd, bufs)
-		if err == unix.EINTR { //nolint:errorlint // a bare errno, on the fast path
+		if err == unix.EINTR {
 			continue
 		}
 		return err
