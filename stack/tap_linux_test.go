@@ -2,13 +2,10 @@ package stack
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net"
 	"net/netip"
-	"os/exec"
 	"runtime"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -41,19 +38,9 @@ func newTapStack(t testing.TB, cfg Config, mtu int) (*netnsutil.NS, *Stack) {
 		cfg.Device, cfg.GuestMAC, err = OpenTap("tap0", mtu)
 		return err
 	}))
-	for _, args := range []string{
-		"link set lo up", "link set tap0 up mtu " + itoa(mtu),
-		"addr add 10.0.2.100/24 dev tap0", "addr add fd67:6f66:7764::100/64 dev tap0 nodad",
-		"route add default via 10.0.2.2", "-6 route add default via fd67:6f66:7764::2",
-	} {
-		require.NoError(t, ns.Do(func() error {
-			out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput()
-			if err != nil {
-				return errors.New(args + ": " + string(out))
-			}
-			return nil
-		}))
-	}
+	link := nstest.Link(t, "tap0 10.0.2.100/24 fd67:6f66:7764::100/64, 0.0.0.0/0 via 10.0.2.2, ::/0 via fd67:6f66:7764::2")
+	link.MTU = mtu
+	require.NoError(t, ns.Configure(link))
 	cfg.Guest = append(cfg.Guest, guest4, guest6)
 	s, err := New(cfg)
 	require.NoError(t, err)
