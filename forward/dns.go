@@ -27,13 +27,21 @@ const (
 // itself is not parsed: what the container asks its DNS address is sent to the
 // one that next returns, over UDP or TCP.
 type nameservers struct {
-	path string // of resolv.conf
+	path string // of resolv.conf; "" if the servers are given
 
 	mu      sync.Mutex // guards the following fields
 	checked time.Time
 	file    os.FileInfo // as it was read last; nil before
 	servers []netip.Addr
 	failure map[netip.Addr]time.Time // the last one of each
+}
+
+// newNameservers returns those given, or the host's.
+func newNameservers(given []netip.Addr) *nameservers {
+	if len(given) > 0 {
+		return &nameservers{servers: given}
+	}
+	return &nameservers{path: resolvConf}
 }
 
 // next returns the nameserver to ask now: the first that has not failed of
@@ -80,7 +88,7 @@ func (n *nameservers) report(server netip.Addr, answered bool) {
 // usually replaced, or a symbolic link to what is. While it is missing or names
 // no nameserver, as while it is being written, those read last are kept.
 func (n *nameservers) refreshLocked() {
-	if time.Since(n.checked) < resolvConfAge {
+	if n.path == "" || time.Since(n.checked) < resolvConfAge {
 		return
 	}
 	n.checked = time.Now()

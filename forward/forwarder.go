@@ -42,6 +42,9 @@ type Config struct {
 	// HostLoopbackToNSLoopback sends connections from the host's loopback
 	// to the namespace's loopback, with 127.0.0.1 or ::1 as their source.
 	HostLoopbackToNSLoopback bool
+	// IgnoreGone keeps the Forwarder running when the path of NetNS leads to
+	// it no longer.
+	IgnoreGone bool
 	// NoTCP, NoUDP and NoICMP forward nothing of that protocol.
 	NoTCP, NoUDP, NoICMP bool
 	// Capture, if not nil, is written every frame on the tap, in pcap
@@ -70,11 +73,15 @@ type Network struct {
 	// default is host 3 of the net. Port 53 and 853 of them lead to the
 	// host's own nameservers.
 	DNS []netip.Addr
+	// Nameservers are asked instead of the host's own.
+	Nameservers []netip.Addr
 	// NoDNS forwards no DNS address.
 	NoDNS bool
 	// CopyHost copies addresses and routes of the host's main interface
 	// instead, as --config-net of pasta(1).
 	CopyHost bool
+	// HostIfName is that interface; "" is that of the default route.
+	HostIfName string
 	// HostAlias are the addresses under which the container reaches the
 	// host's main address, and sees it; the default is 169.254.1.2 and
 	// fd67:6f66:7764::1. NoHostAlias is none.
@@ -144,7 +151,7 @@ func (f *Forwarder) start(ctx context.Context) error {
 		return err
 	}
 	f.notes = f.plan.notes
-	addrs, dns := f.plan.addrs, &nameservers{path: resolvConf}
+	addrs, dns := f.plan.addrs, newNameservers(f.cfg.Network.Nameservers)
 	addrs.loopbackToLoopback = f.cfg.HostLoopbackToNSLoopback
 	addrs.mainAddr, addrs.nameserver = netnsutil.MainAddr, dns.next
 	if err := f.startStack(&addrs, dns); err != nil {
@@ -193,7 +200,12 @@ func (f *Forwarder) readHost() (host hostNetwork) {
 		f.log.Warn("the host's addresses are unknown", "err", err)
 	}
 	if f.cfg.Network.CopyHost {
-		if host.main, err = netnsutil.HostLink(); err != nil && !errors.Is(err, netnsutil.ErrNoHostLink) {
+		if name := f.cfg.Network.HostIfName; name != "" {
+			host.main, err = netnsutil.ReadLink(name)
+		} else {
+			host.main, err = netnsutil.HostLink()
+		}
+		if err != nil && !errors.Is(err, netnsutil.ErrNoHostLink) {
 			f.log.Warn("the host's network is unknown", "err", err)
 		}
 	}
@@ -273,7 +285,9 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 
 // run waits for the end, and makes it.
 func (f *Forwarder) run() {
-	if err := f.cfg.NetNS.WaitGone(f.ctx); f.ctx.Err() == nil {
+	if f.cfg.IgnoreGone {
+		<-f.ctx.Done()
+	} else if err := f.cfg.NetNS.WaitGone(f.ctx); f.ctx.Err() == nil {
 		f.err = err
 	}
 	f.shutdown()

@@ -172,8 +172,10 @@ func (p *networkPlan) addFamily(cfg Network, host hostNetwork, numbers familyNum
 		}
 	}
 
-	copyRoutes := cfg.CopyHost && len(explicit) == 0
 	gateway, ok := ofFamily(cfg.Gateways, numbers.is4)
+	copyRoutes := cfg.CopyHost && !ok && slices.ContainsFunc(host.main.Routes, func(r netnsutil.Route) bool {
+		return r.Dst == anyPrefix(numbers.is4)
+	})
 	if !ok && !copyRoutes {
 		if gateway, ok = place(own[0], own[0].Addr()); !ok {
 			return fmt.Errorf("the net of %s has no room for a gateway: give one", own[0])

@@ -25,7 +25,21 @@ var ErrNoHostLink = errors.New("the host has no interface with a default route")
 // interfaces, name and MTU are then those of IPv4's. Link-local and deprecated
 // addresses are left out, and so are the routes that follow from the addresses.
 // The error is [ErrNoHostLink] where neither family has a default route.
-func HostLink() (Link, error) {
+func HostLink() (Link, error) { return hostLink(0) }
+
+// ReadLink is [HostLink] for the interface of the given name, which need not have
+// a default route.
+func ReadLink(name string) (Link, error) {
+	l, err := netlink.LinkByName(name)
+	if err != nil {
+		return Link{}, fmt.Errorf("read the host's interface %s: %w", name, err)
+	}
+	return hostLink(l.Attrs().Index)
+}
+
+// hostLink reads interface index, or if that is 0, the main one.
+func hostLink(index int) (Link, error) {
+	wanted := index
 	var link Link
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		routes, err := mainRoutes(family)
@@ -33,10 +47,13 @@ func HostLink() (Link, error) {
 			return Link{}, fmt.Errorf("read the host's routes: %w", err)
 		}
 		i := slices.IndexFunc(routes, func(r hostRoute) bool { return r.Dst.Bits() == 0 })
-		if i < 0 {
+		switch {
+		case wanted != 0:
+		case i < 0:
 			continue
+		default:
+			index = routes[i].ifindex
 		}
-		index := routes[i].ifindex
 		l, err := netlink.LinkByIndex(index)
 		if err != nil {
 			return Link{}, fmt.Errorf("read the host's interface %d: %w", index, err)

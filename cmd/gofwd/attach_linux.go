@@ -109,7 +109,9 @@ func (o *options) attach(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	gone := make(chan struct{})
-	go waitGone(ctx, ns, gone)
+	if !o.config.IgnoreGone {
+		go waitGone(ctx, ns, gone)
+	}
 	return u.supervise(in, gone)
 }
 
@@ -130,7 +132,7 @@ func (o *options) openTarget() (ns *netnsutil.NS, userNS *os.File, err error) {
 	if err != nil {
 		return nil, nil, o.explainEntry(err)
 	}
-	userNS, err = ownerToJoin(ns)
+	userNS, err = o.ownerToJoin(ns)
 	if err != nil {
 		ns.Close()
 		return nil, nil, o.explainEntry(err)
@@ -140,7 +142,7 @@ func (o *options) openTarget() (ns *netnsutil.NS, userNS *os.File, err error) {
 
 // ownerToJoin returns the user namespace that owns ns, or nil if it is our own
 // and there is nothing to join.
-func ownerToJoin(ns *netnsutil.NS) (*os.File, error) {
+func (o *options) ownerToJoin(ns *netnsutil.NS) (*os.File, error) {
 	here, err := netnsutil.Current()
 	if err != nil {
 		return nil, err
@@ -149,7 +151,15 @@ func ownerToJoin(ns *netnsutil.NS) (*os.File, error) {
 	if here.Equal(ns) {
 		return nil, fmt.Errorf("attach to network namespace %s: it is our own, the host's", ns)
 	}
-	owner, err := netnsutil.OwnerUserNS(ns)
+	var owner *os.File
+	switch {
+	case o.netNSOnly:
+		return nil, nil
+	case o.userNS != "":
+		owner, err = os.Open(o.userNS)
+	default:
+		owner, err = netnsutil.OwnerUserNS(ns)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -181,7 +191,7 @@ func (o *options) explainEntry(err error) error {
 func (o *options) commandLine() string {
 	words := []string{filepath.Base(os.Args[0])}
 	for _, a := range os.Args[1:] {
-		if strings.HasPrefix(a, "--detached-fd=") {
+		if strings.HasPrefix(a, detachedFDOption+"=") {
 			continue
 		}
 		if !plainWord.MatchString(a) {

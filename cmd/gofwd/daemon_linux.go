@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"syscall"
 
@@ -77,8 +78,7 @@ func (o *options) goBackground(argv []string) error {
 	}
 	files = append(files, w)
 
-	// argv is the program, the verb, and the rest.
-	args := append([]string{argv[0], argv[1], fmt.Sprintf("--detached-fd=%d", len(files)-1)}, argv[2:]...)
+	args := o.again(argv, fmt.Sprintf("%s=%d", detachedFDOption, len(files)-1))
 	proc, err := os.StartProcess("/proc/self/exe", args, &os.ProcAttr{
 		Files: files,
 		Sys:   &syscall.SysProcAttr{Setsid: true},
@@ -95,6 +95,22 @@ func (o *options) goBackground(argv []string) error {
 		return fmt.Errorf("detach: %w", err)
 	}
 	return waitStatus(state)
+}
+
+// The options of one gofwd process to another, which nobody else gives.
+const (
+	innerOption      = "--inner"
+	innerNetNSOption = "--inner-netns"
+	detachedFDOption = "--detached-fd"
+)
+
+// again returns the command line argv with own options before the user's.
+func (o *options) again(argv []string, own ...string) []string {
+	words := 2 // program and verb
+	if o.noVerb {
+		words = 1
+	}
+	return slices.Concat(argv[:words], own, argv[words:])
 }
 
 // releaseStdio lets go of the caller's terminal and pipes once gofwd is ready in

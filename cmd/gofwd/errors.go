@@ -67,11 +67,7 @@ func report(w io.Writer, err error) int {
 	case errors.As(err, &status):
 		return int(status)
 	}
-	line := err.Error()
-	if h := hint(err); h != "" {
-		line += "; " + h
-	}
-	fmt.Fprintln(w, "gofwd: "+strings.ReplaceAll(line, "\n", "; "))
+	fmt.Fprintln(w, "gofwd: "+oneLine(err))
 	switch {
 	case errors.As(err, &usage):
 		return exitUsage
@@ -79,6 +75,15 @@ func report(w io.Writer, err error) int {
 		return coded.code
 	}
 	return exitFailure
+}
+
+// oneLine is err in one line, with a hint where there is one.
+func oneLine(err error) string {
+	line := err.Error()
+	if h := hint(err); h != "" {
+		line += "; " + h
+	}
+	return strings.ReplaceAll(line, "\n", "; ")
 }
 
 // hint says what to do about err, "" where we know nothing.

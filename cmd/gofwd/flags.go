@@ -3,8 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -37,6 +39,16 @@ type options struct {
 	quiet     bool
 	logLevel  string
 	logFormat string
+
+	// Of pasta alone.
+	userNS    string    // --userns
+	netNSOnly bool      // join no user namespace
+	logTo     io.Writer // nil: standard error
+	noVerb    bool      // options follow the program's name at once
+	// retryPorts is for how long busy ports are tried again: Podman starts
+	// the next helper of a container while the last one has yet to see that
+	// its namespace is gone.
+	retryPorts time.Duration
 
 	// Of one gofwd process to another, see outer_linux.go and
 	// daemon_linux.go.

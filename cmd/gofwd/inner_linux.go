@@ -25,6 +25,9 @@ import (
 // hang is a port's holder that is being asked for its name.
 const startTimeout = 30 * time.Second
 
+// retryInterval is how often a busy port is tried again.
+const retryInterval = 20 * time.Millisecond
+
 // inner is the side that forwards; see outer_linux.go.
 type inner struct {
 	opts    *options
@@ -61,7 +64,7 @@ func newInner(o *options) (*inner, error) {
 	if err := closeInheritedOnExec(); err != nil {
 		return nil, err
 	}
-	i := &inner{opts: o, log: o.logger(os.Stderr)}
+	i := &inner{opts: o, log: o.logger()}
 	if f := files["capture"]; f != nil {
 		i.capture = f
 	}
@@ -102,6 +105,10 @@ func (i *inner) start(ctx context.Context) error {
 	cfg := i.opts.config
 	cfg.NetNS, cfg.Capture, cfg.Logger = i.ns, i.capture, i.log
 	f, err := forward.Start(ctx, cfg)
+	for end := time.Now().Add(i.opts.retryPorts); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(end); {
+		time.Sleep(retryInterval)
+		f, err = forward.Start(ctx, cfg)
+	}
 	var onRule *forward.Error
 	if errors.As(err, &onRule) && errors.Is(err, unix.EADDRINUSE) && i.spawned() {
 		i.tell(message{Busy: &busyPort{onRule.Op, onRule.Rule}})

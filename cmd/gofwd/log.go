@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 )
 
 // level is the level of the log: --log-level, and at least warnings with -q.
@@ -19,7 +20,11 @@ func (o *options) level() (slog.Level, error) {
 }
 
 // logger returns the log that the options ask for.
-func (o *options) logger(w io.Writer) *slog.Logger {
+func (o *options) logger() *slog.Logger {
+	var w io.Writer = os.Stderr
+	if o.logTo != nil {
+		w = o.logTo
+	}
 	level, err := o.level()
 	if err != nil {
 		level = slog.LevelInfo // complete has refused it

@@ -23,9 +23,10 @@ func main() { os.Exit(dispatch(os.Args)) }
 // and returns the exit code.
 func dispatch(argv []string) int {
 	switch filepath.Base(argv[0]) {
-	// The command lines of other programs (pasta, rootlessport, pesto) are
-	// cases here: each translates its own into options and ends in the same
-	// functions as ours.
+	// The command lines of other programs: each translates its own into
+	// options and ends in the same functions as ours.
+	case "pasta":
+		return executePasta(argv)
 	default:
 		return execute(argv)
 	}

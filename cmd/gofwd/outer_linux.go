@@ -92,7 +92,7 @@ type outer struct {
 // openOuter opens everything, or nothing. hint is what to name the instance
 // after.
 func openOuter(o *options, argv []string, hint string) (_ *outer, err error) {
-	u := &outer{opts: o, log: o.logger(os.Stderr), argv: argv, notify: os.Getenv("NOTIFY_SOCKET")}
+	u := &outer{opts: o, log: o.logger(), argv: argv, notify: os.Getenv("NOTIFY_SOCKET")}
 	// It is ours to answer, not COMMAND's.
 	os.Unsetenv("NOTIFY_SOCKET")
 	defer func() {
@@ -184,7 +184,7 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 		defer f.Close()
 		cfg.Files = append(cfg.Files, f)
 	}
-	cfg.Args = append([]string{u.argv[0], u.argv[1], "--inner", "--inner-netns=" + path}, u.argv[2:]...)
+	cfg.Args = u.opts.again(u.argv, innerOption, innerNetNSOption+"="+path)
 	proc, err := netnsutil.Spawn(cfg)
 	if err != nil {
 		ours.Close()

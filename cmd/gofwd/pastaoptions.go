@@ -1,0 +1,171 @@
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"strconv"
+)
+
+// minLogSize is the least size of a log file: pasta's 5 pages, or stdio buffers.
+const minLogSize = 40 << 10
+
+// options is the table of all options of pasta(1).
+func (p *pasta) options() []longOption {
+	o, cfg, network := p.o, &p.o.config, &p.o.config.Network
+	flag := func(to *bool) func(string) error {
+		return func(string) error { *to = true; return nil }
+	}
+	word := func(to *string) func(string) error {
+		return func(arg string) error { *to = arg; return nil }
+	}
+	verbose := func(quiet bool, level string) func(string) error {
+		return func(string) error { o.quiet, o.logLevel = quiet, level; return nil }
+	}
+	nothing := func(string) error { return nil }
+	spec := func(i int) func(string) error {
+		return func(arg string) error { p.specs[i] = append(p.specs[i], arg); return nil }
+	}
+	list := []longOption{
+		{"help", 'h', false, flag(&p.help)},
+		{"version", 0, false, flag(&p.version)},
+
+		// The process.
+		{"quiet", 'q', false, verbose(true, "warn")},
+		{"debug", 'd', false, verbose(false, "debug")},
+		{"trace", 0, false, verbose(false, "debug")},
+		{"foreground", 'f', false, flag(&p.foreground)},
+		{"stderr", 'e', false, nothing},        // is where it goes
+		{"chroot-fallback", 0, false, nothing}, // there is no pivot_root(2)
+		{"log-file", 'l', true, word(&p.logFile)},
+		{"log-size", 0, true, p.setLogSize},
+		{"pcap", 'p', true, word(&o.pcap)},
+		{"pid", 'P', true, word(&o.pidFile)},
+
+		// The namespace.
+		{"userns", 0, true, word(&p.userNS)},
+		{"netns", 0, true, word(&p.netNS)},
+		{"netns-only", 0, false, flag(&o.netNSOnly)},
+		{"no-netns-quit", 0, false, flag(&cfg.IgnoreGone)},
+		{"config-net", 0, false, flag(&p.configNet)},
+		{"no-copy-routes", 0, false, flag(&p.noCopyRoutes)},
+		{"no-copy-addrs", 0, false, flag(&p.noCopyAddrs)},
+		{"ns-ifname", 'I', true, word(&network.IfName)},
+		{"mtu", 'm', true, p.setMTU},
+		{"address", 'a', true, func(arg string) error { p.addrs = append(p.addrs, arg); return nil }},
+		{"netmask", 'n', true, word(&p.netmask)},
+		{"gateway", 'g', true, addAddr("gateway", &network.Gateways)},
+		{"interface", 'i', true, word(&p.template)},
+		{"ipv4-only", '4', false, flag(&network.NoIPv6)},
+		{"ipv6-only", '6', false, flag(&network.NoIPv4)},
+
+		// Names and addresses with a meaning.
+		{"dns-forward", 0, true, addAddr("dns-forward", &network.DNS)},
+		{"dns-host", 0, true, addAddr("dns-host", &network.Nameservers)},
+		{"map-host-loopback", 0, true, addAddrOrNone("map-host-loopback", &network.MapHostLoopback, &p.noMapGW)},
+		{"no-map-gw", 0, false, flag(&p.noMapGW)},
+		{"map-guest-addr", 0, true, addAddrOrNone("map-guest-addr", &network.HostAlias, new(bool))},
+
+		// Ports.
+		{"tcp-ports", 't', true, spec(0)},
+		{"udp-ports", 'u', true, spec(1)},
+		{"tcp-ns", 'T', true, spec(2)},
+		{"udp-ns", 'U', true, spec(3)},
+		{"host-lo-to-ns-lo", 0, false, flag(&cfg.HostLoopbackToNSLoopback)},
+		{"no-splice", 0, false, flag(&p.noSplice)},
+		{"no-tcp", 0, false, flag(&cfg.NoTCP)},
+		{"no-udp", 0, false, flag(&cfg.NoUDP)},
+		{"no-icmp", 0, false, flag(&cfg.NoICMP)},
+	}
+	return append(list, p.refused()...)
+}
+
+// refused are the options that pasta(1) has, or passt(1), and gofwd does not do.
+func (p *pasta) refused() []longOption {
+	refuse := func(name string, letter byte, hasArg bool, why string) longOption {
+		return longOption{name, letter, hasArg, func(string) error {
+			return fmt.Errorf("--%s: %s", name, why)
+		}}
+	}
+	const (
+		vm      = "is for passt mode only"
+		notDone = "gofwd does not do this"
+	)
+	return []longOption{
+		refuse("socket", 's', true, vm),
+		refuse("socket-path", 0, true, vm),
+		refuse("fd", 'F', true, vm),
+		refuse("one-off", '1', false, vm),
+		refuse("vhost-user", 0, false, vm),
+		refuse("print-capabilities", 0, false, vm),
+		refuse("repair-path", 0, true, vm),
+		refuse("migrate-exit", 0, false, vm),
+		refuse("migrate-no-linger", 0, false, vm),
+		refuse("no-dhcp-dns", 0, false, vm),
+		refuse("no-dhcp-search", 0, false, vm),
+
+		refuse("stats", 0, true, notDone+": see gofwd status"),
+		refuse("runas", 0, true, notDone),
+		refuse("conf-path", 'c', true, notDone),
+		refuse("mac-addr", 'M', true, notDone),
+		refuse("ns-mac-addr", 0, true, notDone),
+		refuse("outbound", 'o', true, notDone),
+		refuse("outbound-if4", 0, true, notDone),
+		refuse("outbound-if6", 0, true, notDone),
+		refuse("dns", 'D', true, notDone),
+		refuse("search", 'S', true, notDone),
+		refuse("dhcp-dns", 0, false, notDone),
+		refuse("dhcp-search", 0, false, notDone),
+		refuse("no-dhcp", 0, false, notDone),
+		refuse("no-dhcpv6", 0, false, notDone),
+		refuse("no-ndp", 0, false, notDone),
+		refuse("no-ra", 0, false, notDone),
+		refuse("freebind", 0, false, notDone),
+		refuse("hostname", 'H', true, notDone),
+		refuse("fqdn", 0, true, notDone),
+		refuse("no-pidns", 0, false, notDone),
+		refuse("splice-only", 0, false, notDone),
+	}
+}
+
+func (p *pasta) setLogSize(arg string) error {
+	n, err := strconv.ParseInt(arg, 10, 32)
+	if err != nil || n < minLogSize {
+		return fmt.Errorf("--log-size %s: not a number from %d on", arg, minLogSize)
+	}
+	p.logSize = n
+	return nil
+}
+
+// setMTU takes 0 for the kernel's own.
+func (p *pasta) setMTU(arg string) error {
+	n, err := strconv.ParseUint(arg, 10, 16)
+	if err != nil || n > pastaMTU {
+		return fmt.Errorf("--mtu %s: not a number up to %d", arg, pastaMTU)
+	}
+	p.o.config.Network.MTU = int(n)
+	return nil
+}
+
+// addAddr returns the setter of an option that takes one address of each family.
+func addAddr(option string, to *[]netip.Addr) func(string) error {
+	return func(arg string) error {
+		a, err := parseAddr(arg)
+		if err != nil {
+			return fmt.Errorf("--%s %s: %w", option, arg, err)
+		}
+		*to = append(*to, a)
+		return nil
+	}
+}
+
+// addAddrOrNone is addAddr, but "none" sets none.
+func addAddrOrNone(option string, to *[]netip.Addr, none *bool) func(string) error {
+	add := addAddr(option, to)
+	return func(arg string) error {
+		if arg == "none" {
+			*to, *none = nil, true
+			return nil
+		}
+		return add(arg)
+	}
+}
