@@ -120,7 +120,7 @@ func TestPastaOptions(t *testing.T) {
 
 func TestPastaErrors(t *testing.T) {
 	for line, want := range map[string]string{
-		"--map-guest":                    "option '--map-guest' requires", // a prefix
+		"--map-guest":                    "option '--map-guest-addr' requires", // a prefix
 		"--frobnicate":                   "unrecognized option '--frobnicate'",
 		"--vhost-user":                   "is for passt mode only",
 		"-t none -t 80":                  "-t none conflicts",
