@@ -102,6 +102,9 @@ func (c *command) enter() error {
 	return nil
 }
 
+// wait waits for the end of the command, if nobody receives from done.
+func (c *command) wait() error { return <-c.done }
+
 // signal sends s to the command, unless it has ended.
 func (c *command) signal(s syscall.Signal) { _ = c.cmd.Process.Signal(s) }
 
@@ -111,11 +114,9 @@ func notRunnable(program string, err error) error {
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, exec.ErrNotFound) {
 		code = exitNotFound
 	}
-	var path *fs.PathError
-	var name *exec.Error
-	if errors.As(err, &path) {
+	if path, ok := errors.AsType[*fs.PathError](err); ok {
 		err = path.Err
-	} else if errors.As(err, &name) {
+	} else if name, ok := errors.AsType[*exec.Error](err); ok {
 		err = name.Err
 	}
 	return &codedError{fmt.Errorf("run %s: %w", program, err), code}

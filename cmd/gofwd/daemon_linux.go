@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -151,11 +152,13 @@ func waitStatus(state *os.ProcessState) error {
 	return nil
 }
 
-// pidFile is the file of --pid-file: made at start, so that it can be refused,
-// and filled in when gofwd is ready.
+// pidFile is the file of --pid-file: opened at start, so that it can be refused,
+// and filled in when gofwd is ready. Until then one that was there before, and
+// may be another gofwd's, is left as it is.
 type pidFile struct {
 	*os.File
-	own ownFile
+	own  ownFile
+	ours bool // made or written by us
 }
 
 func openPIDFile(path string) (*pidFile, error) {
@@ -163,7 +166,11 @@ func openPIDFile(path string) (*pidFile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("write pid file: %w", err)
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	ours := err == nil
+	if errors.Is(err, fs.ErrExist) {
+		f, err = os.OpenFile(path, os.O_WRONLY, 0)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("write pid file: %w", err)
 	}
@@ -172,12 +179,19 @@ func openPIDFile(path string) (*pidFile, error) {
 		f.Close()
 		return nil, fmt.Errorf("write pid file: %w", err)
 	}
-	return &pidFile{f, own}, nil
+	return &pidFile{f, own, ours}, nil
 }
 
 // write puts our process id into the file.
 func (p *pidFile) write() error {
-	_, err := fmt.Fprintln(p, os.Getpid())
+	p.ours = true
+	st, err := p.Stat()
+	if err == nil && st.Mode().IsRegular() {
+		err = p.Truncate(0)
+	}
+	if err == nil {
+		_, err = fmt.Fprintln(p, os.Getpid())
+	}
 	if err = errors.Join(err, p.Close()); err != nil {
 		return fmt.Errorf("write pid file: %w", err)
 	}
@@ -186,7 +200,7 @@ func (p *pidFile) write() error {
 
 func (p *pidFile) remove() {
 	p.Close()
-	if st, err := os.Lstat(p.own.path); err == nil && st.Mode().IsRegular() { // not /dev/stdout
+	if st, err := os.Lstat(p.own.path); p.ours && err == nil && st.Mode().IsRegular() { // not /dev/stdout
 		p.own.remove()
 	}
 }

@@ -50,7 +50,7 @@ func (s *demoServers) start(ns *netnsutil.NS) error {
 		return fmt.Errorf("start servers: %w", err)
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("/whoami", func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, r.RemoteAddr) })
+	mux.HandleFunc("/whoami", func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, r.RemoteAddr) })
 	mux.HandleFunc("/zeros", serveZeros)
 	s.web = &http.Server{Handler: mux}
 	s.wg.Add(2)
@@ -121,7 +121,9 @@ func measureTCP(ctx context.Context, from *netnsutil.NS, to netip.AddrPort) (r d
 	defer conn.Close()
 	reader := bufio.NewReader(conn)
 	get := func(path string) (io.ReadCloser, error) {
-		conn.SetDeadline(time.Now().Add(demoTimeout))
+		if err := conn.SetDeadline(time.Now().Add(demoTimeout)); err != nil {
+			return nil, err
+		}
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+to.String()+path, nil)
 		if err != nil {
 			return nil, err
@@ -177,7 +179,9 @@ func measureUDP(ctx context.Context, from *netnsutil.NS, to netip.AddrPort) (r d
 	// To the end, so that it is not in the way of the next client.
 	last := time.Now()
 	for {
-		conn.SetDeadline(time.Now().Add(demoSilence))
+		if err := conn.SetDeadline(time.Now().Add(demoSilence)); err != nil {
+			return r, err
+		}
 		n, err := conn.Read(buf)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			break
@@ -194,7 +198,9 @@ func measureUDP(ctx context.Context, from *netnsutil.NS, to netip.AddrPort) (r d
 // sent again after a while.
 func askUDP(c net.Conn, question string, answer []byte) (n int, err error) {
 	for end := time.Now().Add(demoTimeout); time.Now().Before(end); {
-		c.SetDeadline(time.Now().Add(demoSilence))
+		if err := c.SetDeadline(time.Now().Add(demoSilence)); err != nil {
+			return 0, err
+		}
 		if _, err = c.Write([]byte(question)); err != nil {
 			return 0, err
 		}

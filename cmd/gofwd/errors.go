@@ -58,20 +58,17 @@ func (e *hintedError) Unwrap() error { return e.error }
 // report prints err in one line, with a hint where there is one, and returns the
 // exit code.
 func report(w io.Writer, err error) int {
-	var status exitStatus
-	var coded *codedError
-	var usage *usageError
-	switch {
-	case err == nil:
+	if err == nil {
 		return 0
-	case errors.As(err, &status):
+	}
+	if status, ok := errors.AsType[exitStatus](err); ok {
 		return int(status)
 	}
 	fmt.Fprintln(w, "gofwd: "+oneLine(err))
-	switch {
-	case errors.As(err, &usage):
+	if _, ok := errors.AsType[*usageError](err); ok {
 		return exitUsage
-	case errors.As(err, &coded):
+	}
+	if coded, ok := errors.AsType[*codedError](err); ok {
 		return coded.code
 	}
 	return exitFailure
@@ -88,8 +85,7 @@ func oneLine(err error) string {
 
 // hint says what to do about err, "" where we know nothing.
 func hint(err error) string {
-	var hinted *hintedError
-	if errors.As(err, &hinted) {
+	if hinted, ok := errors.AsType[*hintedError](err); ok {
 		return hinted.hint
 	}
 	return forward.Hint(err)

@@ -219,7 +219,7 @@ func (i *inner) run(ctx context.Context, argv []string) error {
 		}
 	}
 	cmd.signal(unix.SIGKILL)
-	<-cmd.done
+	_ = cmd.wait() // killed, and it is not its fault
 	return err
 }
 

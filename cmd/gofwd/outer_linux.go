@@ -40,10 +40,12 @@ import (
 //
 // The link is a socket pair. Outer sends the numbers of signals, one byte each,
 // inner a message when it is ready; whoever reads its end knows that the other is
-// gone, kill -9 included. All three processes stay in the process group of the shell's job:
-// the terminal's ^C and ^Z reach COMMAND by themselves. Outer and inner outlive
-// ^C, and stop and continue on ^Z and fg like any job. A signal that inner gets
-// as well as outer was sent to the group, and isn't passed on a second time.
+// gone, kill -9 included.
+//
+// All three processes stay in the process group of the shell's job: the
+// terminal's ^C and ^Z reach COMMAND by themselves. Outer and inner outlive ^C,
+// and stop and continue on ^Z and fg like any job. A signal that inner gets as
+// well as outer was sent to the group, and isn't passed on a second time.
 //
 // attach in the user namespace where it runs already (root, podman unshare)
 // needs one process; then inner is a goroutine.

@@ -90,7 +90,7 @@ func describeFlag(f *pflag.Flag) (head, text string) {
 func wrap(text, indent string, width int) string {
 	var b strings.Builder
 	column := 0
-	for _, word := range strings.Fields(text) {
+	for word := range strings.FieldsSeq(text) {
 		switch {
 		case column == 0:
 			b.WriteString(indent)
