@@ -119,8 +119,7 @@ func (p *pinger) fromNamespace(q *stack.Echo) {
 	if err == nil {
 		err = p.send(q, to.Addr())
 	}
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		if e, ok := icmpErrorOf(errno, q.Dst.Is4()); ok {
 			p.fail(q, e)
 		}

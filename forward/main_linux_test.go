@@ -35,8 +35,7 @@ func TestMain(m *testing.M) {
 		Pdeathsig:   syscall.SIGKILL,
 	}
 	if err := cmd.Run(); err != nil {
-		var code *exec.ExitError
-		if errors.As(err, &code) {
+		if code, ok := errors.AsType[*exec.ExitError](err); ok {
 			os.Exit(code.ExitCode())
 		}
 		fmt.Fprintln(os.Stderr, "start the tests in namespaces of their own:", err)

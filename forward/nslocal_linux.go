@@ -66,7 +66,7 @@ func awaitConnect(ctx context.Context, file *os.File) error {
 	if err != nil {
 		return err
 	}
-	defer context.AfterFunc(ctx, func() { file.SetDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(ctx, func() { _ = file.SetDeadline(time.Unix(1, 0)) })()
 	var connectErr error
 	err = raw.Write(func(fd uintptr) bool {
 		errno, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR)

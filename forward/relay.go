@@ -71,7 +71,7 @@ func (r *relay) half(dst, src flowConn, live *atomic.Int64, srcDied, dstDied str
 	case err != nil:
 	case r.open.Add(-1) == 0:
 		// The other direction, if it waits for a RST, does so on dst.
-		dst.SetReadDeadline(time.Unix(1, 0))
+		_ = dst.SetReadDeadline(time.Unix(1, 0))
 	default:
 		err = awaitReset(src)
 	}
@@ -101,9 +101,9 @@ func (r *relay) finish(ending string) {
 func abort(c net.Conn) {
 	switch c := c.(type) {
 	case interface{ Abort() error }:
-		c.Abort()
+		_ = c.Abort()
 	case interface{ SetLinger(int) error }:
-		c.SetLinger(0)
+		_ = c.SetLinger(0)
 		c.(net.Conn).Close()
 	default:
 		c.Close()

@@ -126,7 +126,7 @@ func TestTCPAcceptWithoutDescriptors(t *testing.T) {
 	restore()
 	require.Eventually(t, func() bool {
 		_, err = syscall.Read(fd, make([]byte, 1))
-		return err == syscall.ECONNRESET //nolint:errorlint // a bare errno
+		return err == syscall.ECONNRESET
 	}, 5*time.Second, 10*time.Millisecond)
 }
 
