@@ -349,7 +349,8 @@ type RuleStatus struct {
 	// not the best one; "" where it is.
 	Path   Datapath `json:"path"`
 	Reason string   `json:"reason,omitempty"`
-	// Problems are the ports that could not be bound, and why.
+	// Problems are the ports that could not be bound, and why, and clients
+	// whose address the server can't see, since it lacks their family.
 	Problems []string `json:"problems,omitempty"`
 	Traffic
 }

@@ -192,9 +192,9 @@ func TestForwarderLoopbackToLoopback(t *testing.T) {
 func TestForwarderOtherFamily(t *testing.T) {
 	remote := newLAN(t)
 	ns := newNS(t)
-	for _, tt := range []struct{ listen, dst, want string }{
-		{"0.0.0.0:0", host6, "169.254.1.2"},
-		{"[::]:0", host4, "fd67:6f66:7764::1"},
+	for _, tt := range []struct{ listen, dst, want, problem string }{
+		{"0.0.0.0:0", host6, "169.254.1.2", "IPv6 clients are seen as 169.254.1.2: the server has no IPv6"},
+		{"[::]:0", host4, "fd67:6f66:7764::1", "IPv4 clients are seen as fd67:6f66:7764::1: the server has no IPv4"},
 	} {
 		port := tellPeer(t, ns, tt.listen)
 		f, _ := start(t, Config{NetNS: ns, Rules: []Rule{{
@@ -203,6 +203,7 @@ func TestForwarderOtherFamily(t *testing.T) {
 		got, local, err := ask(t, remote, "tcp", net.JoinHostPort(tt.dst, "8080"))
 		require.NoError(t, err)
 		require.Equal(t, netip.AddrPortFrom(netip.MustParseAddr(tt.want), local.Port()).String(), got)
+		require.Equal(t, []string{tt.problem}, f.Status().Rules[0].Problems)
 		require.NoError(t, f.Close())
 	}
 }

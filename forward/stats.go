@@ -2,6 +2,7 @@ package forward
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 	"sync"
@@ -25,6 +26,9 @@ type activeRule struct {
 	tcp    []*boundListener // not yet in use
 	path   Datapath
 	reason string // why path is not the best one
+	// seenAs is the address that a server without IPv6 saw of clients of IPv6,
+	// and one without IPv4 of those of IPv4; zero if there were none.
+	seenAs [2]netip.Addr
 }
 
 // flowCounters are the counters of a rule, or of all flows that no rule made.
@@ -63,6 +67,21 @@ func (r *activeRule) bind(b binding) {
 			r.tcp = append(r.tcp, l)
 		}
 	}
+}
+
+// served says that a client was seen as another address by a server of the rule.
+// What is of interest is a server that lacks the client's family.
+func (r *activeRule) served(client, seen netip.Addr) {
+	family := 0
+	if client.Unmap().Is4() {
+		family = 1
+	}
+	if seen.Is4() == (family == 1) {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.seenAs[family] = seen
 }
 
 // takeTCP returns the TCP listeners that are not yet in use.
@@ -108,6 +127,11 @@ func (r *activeRule) status() RuleStatus {
 	var problems []string
 	for _, failed := range r.failed {
 		problems = append(problems, failed.Error())
+	}
+	for i, family := range []string{"IPv6", "IPv4"} {
+		if r.seenAs[i].IsValid() {
+			problems = append(problems, fmt.Sprintf("%s clients are seen as %s: the server has no %[1]s", family, r.seenAs[i]))
+		}
 	}
 	return RuleStatus{
 		ID:       r.id,

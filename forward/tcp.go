@@ -176,6 +176,7 @@ func (e *tcpEngine) serveIn(to *tcpTarget, c *net.TCPConn) {
 		log.Debug("connection refused", "err", err)
 		return
 	}
+	to.rule.served(client.Addr(), r.src.Addr())
 	e.relay(&relay{outer: c, inner: inner, rule: to.rule, counters: &to.rule.flowCounters}, log.With("source", r.src, "server", r.dst))
 }
 
