@@ -21,7 +21,7 @@ import (
 func newAttachCommand() *cobra.Command {
 	o := &options{}
 	cmd := &cobra.Command{
-		Use:   "attach [OPTIONS] --netns PATH|NAME | --pid PID",
+		Use:   "attach [OPTIONS] --netns PATH|NAME | --pid PID | --container NAME|ID",
 		Short: "connect a network namespace that exists",
 		Long: `Connect a network namespace that exists to the world, and publish ports of it:
 one that podman --network=ns:PATH or ip-netns(8) made, or that of a process.
@@ -33,10 +33,20 @@ and leaves the namespace as it was.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			err := o.complete()
+			targets := 0
+			for _, given := range []bool{o.netns != "", o.pid != 0, o.container != ""} {
+				if given {
+					targets++
+				}
+			}
 			switch {
 			case err != nil:
-			case (o.netns != "") == (o.pid != 0):
-				err = errors.New("give one of --netns and --pid")
+			case targets != 1:
+				err = errors.New("give one of --netns, --pid and --container")
+			case o.follow && o.container == "":
+				err = errors.New("--follow needs --container")
+			case o.follow && o.exitFD >= 0:
+				err = errors.New("--follow and --exit-fd exclude each other")
 			case o.pid < 0:
 				err = fmt.Errorf("--pid %d: not a process id", o.pid)
 			default:
@@ -45,12 +55,17 @@ and leaves the namespace as it was.`,
 			if err != nil {
 				return usagef(cmd, "%w", err)
 			}
+			if o.container != "" && !o.inner {
+				return o.attachContainer(cmd.Context())
+			}
 			return o.attach(cmd.Context())
 		},
 	}
 	own := pflag.NewFlagSet("", pflag.ContinueOnError)
-	own.StringVar(&o.netns, "netns", "", "`PATH|NAME`: the network namespace; NAME is /run/netns/NAME")
+	own.StringVar(&o.netns, "netns", "", "`PATH|NAME`: the network namespace; NAME is of gofwd netns add, or /run/netns/NAME")
 	own.IntVar(&o.pid, "pid", 0, "`PID`: that of a process")
+	own.StringVar(&o.container, "container", "", "`NAME|ID`: that of a container that Podman runs")
+	own.BoolVar(&o.follow, "follow", false, "attach again whenever that container starts again")
 	o.addTo(cmd, own)
 	return cmd
 }
@@ -87,6 +102,9 @@ func (o *options) attach(ctx context.Context) error {
 	hint := filepath.Base(o.netns)
 	if o.pid != 0 {
 		hint = "pid-" + strconv.Itoa(o.pid)
+	}
+	if o.container != "" {
+		hint = o.container
 	}
 	u, err := openOuter(o, os.Args, hint)
 	if err != nil {
@@ -125,9 +143,9 @@ func waitGone(ctx context.Context, ns *netnsutil.NS, gone chan<- struct{}) {
 // it unless that is our own.
 func (o *options) openTarget() (ns *netnsutil.NS, userNS *os.File, err error) {
 	if o.pid == 0 {
-		ns, err = netnsutil.Open(o.netns)
+		ns, err = openNetNS(o.netns)
 	} else if ns, err = netnsutil.OpenPID(o.pid); errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, fmt.Errorf("attach to process %d: no such process", o.pid)
+		return nil, nil, &noProcessError{o.pid}
 	}
 	if err != nil {
 		return nil, nil, o.explainEntry(err)
@@ -139,6 +157,14 @@ func (o *options) openTarget() (ns *netnsutil.NS, userNS *os.File, err error) {
 	}
 	return ns, userNS, nil
 }
+
+// noProcessError is about a process that has ended.
+type noProcessError struct{ pid int }
+
+func (e *noProcessError) Error() string {
+	return fmt.Sprintf("attach to process %d: no such process", e.pid)
+}
+func (e *noProcessError) Unwrap() error { return fs.ErrNotExist }
 
 // ownerToJoin returns the user namespace that owns ns, or nil if it is our own
 // and there is nothing to join.

@@ -26,9 +26,11 @@ type options struct {
 	dns            []netip.Addr
 	noDNS          bool
 
-	mapAuto bool   // run
-	netns   string // attach
-	pid     int    // attach
+	mapAuto   bool   // run
+	netns     string // attach
+	pid       int    // attach
+	container string // attach
+	follow    bool   // attach
 
 	name      string
 	pcap      string
@@ -49,6 +51,8 @@ type options struct {
 	// the next helper of a container while the last one has yet to see that
 	// its namespace is gone.
 	retryPorts time.Duration
+
+	told bool // set when somebody told us to end
 
 	// Of one gofwd process to another, see outer_linux.go and
 	// daemon_linux.go.

@@ -238,6 +238,7 @@ func (u *outer) supervise(in *inside, gone <-chan struct{}) error {
 	for running := true; running || messages != nil; {
 		select {
 		case s := <-signals:
+			u.opts.told = u.opts.told || s != unix.SIGUSR1 && s != unix.SIGUSR2
 			in.send(s)
 		case m, ok := <-messages:
 			switch {

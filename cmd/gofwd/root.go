@@ -38,6 +38,8 @@ ordinary user. Servers in it see the addresses of their clients.`,
 	root.AddCommand(
 		newRunCommand(),
 		newAttachCommand(),
+		newNetNSCommand(),
+		newHookCommand(),
 		newDemoCommand(),
 		newStatusCommand(),
 		newVersionCommand(),
