@@ -123,20 +123,23 @@ func (o *options) attach(ctx context.Context) error {
 	if err != nil {
 		return o.explainEntry(err)
 	}
+	if o.config.IgnoreGone {
+		return u.supervise(in, nil)
+	}
 	// Inner may not be allowed to see the path of the namespace.
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
 	gone := make(chan struct{})
-	if !o.config.IgnoreGone {
-		go waitGone(ctx, ns, gone)
-	}
-	return u.supervise(in, gone)
+	go waitGone(ctx, ns, gone)
+	err = u.supervise(in, gone)
+	cancel()
+	<-gone
+	return err
 }
 
+// waitGone closes gone when ns has gone, or can't be watched any more.
 func waitGone(ctx context.Context, ns *netnsutil.NS, gone chan<- struct{}) {
-	if err := ns.WaitGone(ctx); errors.Is(err, netnsutil.ErrGone) {
-		close(gone)
-	}
+	defer close(gone)
+	_ = ns.WaitGone(ctx)
 }
 
 // openTarget opens the namespace to attach to, and the user namespace that owns

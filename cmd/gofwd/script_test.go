@@ -54,6 +54,8 @@ func TestScripts(t *testing.T) {
 			dir := filepath.Join(env.WorkDir, "run")
 			env.Setenv("XDG_RUNTIME_DIR", dir)
 			env.Setenv("SHELL", "/bin/sh")
+			// With -race every program would take a second to end.
+			env.Setenv("GORACE", "atexit_sleep_ms=0")
 			return os.Mkdir(dir, 0o700)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
