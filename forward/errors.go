@@ -61,7 +61,7 @@ func Hint(err error) string {
 func ruleHint(e *Error) string {
 	switch {
 	case errors.Is(e.Err, syscall.EADDRINUSE):
-		if e.Rule.Ports == (PortRange{}) {
+		if e.Rule.free() {
 			return "no free port is left in net.ipv4.ip_local_port_range: name a port"
 		}
 		return "stop what uses it, or choose another port"

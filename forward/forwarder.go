@@ -35,6 +35,9 @@ type Config struct {
 	NetNS *netnsutil.NS
 	// Rules are the forwards to begin with.
 	Rules []Rule
+	// Sockets are those that rules may name. The caller may close them after
+	// Close.
+	Sockets []Socket
 	// Network numbers the namespace.
 	Network Network
 	// Datapath restricts the choice of path; "" is Auto.
@@ -103,6 +106,7 @@ type Forwarder struct {
 	plan    *networkPlan
 	paths   *paths
 	rules   ruleSet
+	events  eventHub
 	notes   []string
 	started time.Time
 
@@ -161,8 +165,8 @@ func (f *Forwarder) start(ctx context.Context) error {
 		return fmt.Errorf("start forwarding: %w", err)
 	}
 	f.rules = ruleSet{
-		binder: binder{ns: f.cfg.NetNS, noIPv4: f.cfg.Network.NoIPv4, noIPv6: f.cfg.Network.NoIPv6},
-		paths:  f.paths, tcp: f.tcp, udp: f.udp, noTCP: f.cfg.NoTCP, log: f.log,
+		binder: binder{ns: f.cfg.NetNS, sockets: f.cfg.Sockets, noIPv4: f.cfg.Network.NoIPv4, noIPv6: f.cfg.Network.NoIPv6},
+		paths:  f.paths, tcp: f.tcp, udp: f.udp, noTCP: f.cfg.NoTCP, log: f.log, events: &f.events,
 	}
 	_, err = f.rules.change(Change{Add: rules})
 	return err
@@ -184,9 +188,6 @@ func (f *Forwarder) checkRules() ([]Rule, error) {
 	for _, r := range f.cfg.Rules {
 		if r.Proto == TCP && f.cfg.NoTCP || r.Proto == UDP && f.cfg.NoUDP {
 			continue
-		}
-		if r.Auto {
-			return nil, &Error{Op: "follow the listeners of", Rule: r, Err: errors.ErrUnsupported}
 		}
 		rules = append(rules, r)
 	}
@@ -257,6 +258,7 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 	local := localDialer{f.cfg.NetNS}
 	f.paths.tap, f.paths.local = tapDialer{f.stack}, local
 	f.tcp = newTCPEngine(f.paths, dns, f.log)
+	f.tcp.events = &f.events
 	if !f.cfg.NoICMP {
 		f.ping = newPinger(addrs, f.stack, f.log)
 	}
@@ -311,6 +313,7 @@ func (f *Forwarder) shutdown() {
 	if f.stopCapture != nil {
 		f.stopCapture() // after the last frame
 	}
+	f.events.close()
 }
 
 // Wait blocks until the Forwarder has ended, and returns why: nil after Close,
@@ -333,6 +336,9 @@ func (f *Forwarder) Close() error {
 type Traffic struct {
 	Active int64 `json:"active"`
 	Total  int64 `json:"total"`
+	// Refused counts what a limit of the forward refused, which is not in
+	// Total.
+	Refused int64 `json:"refused,omitempty"`
 	// BytesIn went into the namespace, BytesOut came out of it.
 	BytesIn  int64 `json:"bytes_in"`
 	BytesOut int64 `json:"bytes_out"`

@@ -20,11 +20,14 @@ type boundListener struct {
 	// one that the kernel chose included.
 	rule    Rule
 	address netip.AddrPort // as of addr
-	// Exactly one is not nil, by the rule's protocol.
-	tcp *net.TCPListener
-	udp *net.UDPConn
+	// Exactly one is not nil; unix too is for rules of TCP.
+	tcp  *net.TCPListener
+	unix *net.UnixListener
+	udp  *net.UDPConn
 	// shared lets other sockets of ours have the same port (SO_REUSEPORT).
 	shared bool
+	// ifindex is the interface that it is bound to, 0 if it is to none.
+	ifindex int
 }
 
 // addr returns the address that the socket is bound to; [::] is that of a
@@ -40,17 +43,25 @@ func (l *boundListener) addr() netip.AddrPort {
 }
 
 func (l *boundListener) Close() error {
-	if l.tcp != nil {
-		return l.tcp.Close()
+	if l.udp != nil {
+		return l.udp.Close()
 	}
-	return l.udp.Close()
+	return l.stream().Close()
+}
+
+// stream returns the listener of a rule of TCP.
+func (l *boundListener) stream() streamListener {
+	if l.unix != nil {
+		return l.unix
+	}
+	return l.tcp
 }
 
 // binding is what became of a rule.
 type binding struct {
 	rule      Rule
 	listeners []*boundListener
-	// failed are the ports of a weak rule that could not be bound.
+	// failed are the ports of a rule with Weak or Wait that could not be bound.
 	failed []*Error
 }
 
@@ -59,6 +70,8 @@ type binding struct {
 type binder struct {
 	ns             *netnsutil.NS
 	noIPv4, noIPv6 bool // leave out a family
+	// sockets are those that rules may name.
+	sockets []Socket
 	// makeRoom is asked when the port of r is in use, and reports whether it
 	// may be bound now by a socket with SO_REUSEPORT; nil is never.
 	makeRoom func(r Rule) bool
@@ -101,7 +114,7 @@ func (b *binder) bindAll(rules []Rule) (_ []binding, err error) {
 // needs free ports and is like it but for the protocol, -1 if there is none.
 func freePortTwin(bindings []binding, i int) int {
 	want := bindings[i].rule
-	if want.Ports != (PortRange{}) {
+	if !want.free() {
 		return -1
 	}
 	want.Proto = TCP + UDP - want.Proto
@@ -125,7 +138,8 @@ func (b *binder) bindRange(bindings []*binding) error {
 		listeners, err := b.bindPort(rules...)
 		if err != nil {
 			failed, ok := errors.AsType[*Error](err)
-			if !ok || !first.rule.Weak || exhausted(err) {
+			later := first.rule.Wait && absent(err)
+			if !ok || !first.rule.Weak && !later || exhausted(err) {
 				return err
 			}
 			first.failed = append(first.failed, failed)
@@ -138,7 +152,7 @@ func (b *binder) bindRange(bindings []*binding) error {
 			}
 		}
 	}
-	if len(first.listeners) == 0 && len(first.failed) > 0 {
+	if len(first.listeners) == 0 && len(first.failed) > 0 && !first.rule.Wait {
 		return &Error{Op: "bind any of", Rule: first.rule, Err: first.failed[0].Err}
 	}
 	return nil
@@ -153,7 +167,7 @@ func (b *binder) bindPort(rules ...Rule) ([]*boundListener, error) {
 	const attempts = 100
 	var rejected []*boundListener
 	defer func() { closeAll(rejected) }()
-	free := rules[0].Ports == PortRange{}
+	free := rules[0].free()
 	for {
 		bound, err := b.tryPort(rules)
 		if err == nil {
@@ -163,7 +177,7 @@ func (b *binder) bindPort(rules ...Rule) ([]*boundListener, error) {
 		if free && len(bound) > 0 && len(rejected) < attempts && errors.Is(err, unix.EADDRINUSE) {
 			continue
 		}
-		if !free && !err.Rule.Weak && errors.Is(err, unix.EADDRINUSE) {
+		if !free && !err.Rule.Weak && err.Rule.Socket == "" && errors.Is(err, unix.EADDRINUSE) {
 			err.Err = b.nameHolder(err)
 		}
 		return nil, err
@@ -174,6 +188,14 @@ func (b *binder) bindPort(rules ...Rule) ([]*boundListener, error) {
 // too.
 func (b *binder) tryPort(rules []Rule) (bound []*boundListener, _ *Error) {
 	for _, r := range rules {
+		if r.Socket != "" {
+			adopted, err := b.adopt(r)
+			bound = append(bound, adopted...)
+			if err != nil {
+				return bound, &Error{Op: "listen on", Rule: r, Err: err}
+			}
+			continue
+		}
 		addrs, err := b.addrs(r)
 		if err != nil {
 			return bound, &Error{Op: bindOp(r), Rule: r, Err: err}
@@ -185,7 +207,7 @@ func (b *binder) tryPort(rules []Rule) (bound []*boundListener, _ *Error) {
 			if len(bound) > 0 {
 				at.Ports = bound[0].rule.Ports
 			}
-			l, err := b.listen(at, addr, false)
+			l, err := b.listen(at, addr, at.Share)
 			if errors.Is(err, unix.EADDRINUSE) && b.makeRoom != nil && b.makeRoom(at) {
 				l, err = b.listen(at, addr, true)
 			}
@@ -277,6 +299,7 @@ func listenHere(r Rule, addr netip.Addr, shared bool) (*boundListener, error) {
 		return nil, plainErr(err)
 	}
 	l.address = l.addr()
+	l.ifindex = ifindex(r.device())
 	bound := l.address.Port()
 	l.rule.Ports = PortRange{bound, bound}
 	return l, nil
@@ -330,6 +353,19 @@ func prepareTCP(fd int) error {
 	})
 }
 
+// ifindex returns the index that an interface of the host has now, 0 if there is
+// none of that name.
+func ifindex(name string) int {
+	if name == "" {
+		return 0
+	}
+	i, err := net.InterfaceByName(name)
+	if err != nil {
+		return 0
+	}
+	return i.Index
+}
+
 // setReusePort lets other sockets of ours be bound to the port of c, or no longer.
 func setReusePort(c syscall.Conn, on bool) {
 	value := 0
@@ -368,6 +404,9 @@ func plainErr(err error) error {
 func noSuchFamily(err error) bool {
 	return errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)
 }
+
+// absent reports whether the address or the interface to bind to isn't there.
+func absent(err error) bool { return errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.ENODEV) }
 
 // exhausted reports whether the process or the system has run out of something,
 // so that other ports fail as well.

@@ -61,7 +61,8 @@ func (e *tcpEngine) serveRequest(r request) {
 		log.Debug("outbound connection given up", "err", err)
 		return
 	}
-	e.relay(&relay{outer: outer, inner: inner, counters: &e.outbound}, log.With("path", Tap))
+	flow := Flow{Proto: TCP, Dir: Out, Client: r.src, Server: r.dst, Path: Tap}
+	e.relay(&relay{outer: outer, inner: inner, counters: &e.outbound, flow: flow}, log.With("path", Tap))
 }
 
 // dialOut dials what the container knows as dst. A nameserver that can't be
@@ -88,16 +89,32 @@ func (e *tcpEngine) dialOut(ctx context.Context, dst netip.AddrPort) (flowConn, 
 }
 
 // serveOut carries a connection from the namespace's loopback to the host's.
-func (e *tcpEngine) serveOut(to *tcpTarget, c *net.TCPConn) {
-	client := c.RemoteAddr().(*net.TCPAddr).AddrPort()
+func (e *tcpEngine) serveOut(to *tcpTarget, c flowConn) {
+	client := clientOf(c)
 	log := e.log.With("client", client, "forward", c.LocalAddr(), "path", Kernel)
-	outer, err := e.dialLoopback(to.rule.ctx, to.rule.rule.Target, client.Addr().Unmap().Is4(), to.port)
+	outer, err := e.dialRule(to, client)
 	if err != nil {
 		abort(c)
 		log.Debug("connection refused", "err", err)
 		return
 	}
-	e.relay(&relay{outer: outer, inner: c, rule: to.rule, counters: &to.rule.flowCounters}, log)
+	flow := Flow{Proto: TCP, Dir: Out, Forward: to.rule.id, Client: client, Server: remoteAddr(outer), Path: Kernel}
+	e.relay(&relay{outer: outer, inner: c, rule: to.rule, counters: &to.rule.flowCounters, flow: flow}, log)
+}
+
+// dialRule dials where a rule out of the container leads.
+func (e *tcpEngine) dialRule(to *tcpTarget, client netip.AddrPort) (flowConn, error) {
+	path := to.rule.rule.TargetSocket
+	if path == "" {
+		return e.dialLoopback(to.rule.ctx, to.rule.rule.Target, client.Addr().Is4(), to.port)
+	}
+	ctx, cancel := context.WithTimeout(to.rule.ctx, dialTimeout)
+	defer cancel()
+	c, err := new(net.Dialer).DialContext(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.UnixConn), nil
 }
 
 // dialLoopback dials target on the host; its loopback where target is zero, of

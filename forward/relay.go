@@ -27,6 +27,7 @@ type relay struct {
 	rule         *activeRule   // nil if no rule made it
 	counters     *flowCounters // of the rule, counted live
 	bufs         *bufferPool
+	flow         Flow
 
 	in, out int64        // bytes moved; valid when run has returned
 	open    atomic.Int32 // directions that still copy
@@ -40,6 +41,7 @@ const (
 	endOuter    = "reset by outside" // the host's side said RST, or died
 	endInner    = "reset by inside"  // the namespace's side did
 	endShutdown = "shutdown"         // the forwarder was closed
+	endIdle     = "idle"             // for as long as the rule allows
 	endRemoved  = "forward removed"  // the rule is gone, its time to drain too
 )
 

@@ -160,10 +160,36 @@ type Rule struct {
 	// Auto publishes only those ports that have a listener on the target
 	// side, and follows them.
 	Auto bool `json:"auto,omitempty"`
+	// Socket is the listening socket where that is not bound by Addr, Iface
+	// and Ports, which are zero then: "unix:PATH" is made at PATH, and removed
+	// with the rule; "systemd:NAME" and "fd:NAME" are those of that name in
+	// Config.Sockets and Change.Sockets.
+	Socket string `json:"socket,omitempty"`
+	// TargetSocket is a UNIX socket of the host that a rule with Dir Out
+	// leads to; "" leads to Target.
+	TargetSocket string `json:"target_socket,omitempty"`
+	// Share lets other rules with Share, of this and of other instances of
+	// the same user, have the same port (SO_REUSEPORT): the kernel spreads
+	// the clients over them.
+	Share bool `json:"share,omitempty"`
+	// Wait publishes when the address or the interface is there, and follows
+	// it when it goes and returns; without it, that they are missing is an
+	// error.
+	Wait bool `json:"wait,omitempty"`
+	// ProxyV2 tells the server the client's address by the PROXY protocol,
+	// version 2. For TCP.
+	ProxyV2 bool `json:"proxy_v2,omitempty"`
+	Limits
 }
 
 // String returns the rule as [ParsePublish] takes it: "127.0.0.1:8080:80/tcp".
 func (r Rule) String() string {
+	if r.TargetSocket != "" {
+		return r.Ports.String() + ":unix:" + r.TargetSocket + "/" + r.Proto.String() + writeOptions(&r)
+	}
+	if r.Socket != "" {
+		return r.Socket + ":" + r.TargetPorts.String() + "/" + r.Proto.String() + writeOptions(&r)
+	}
 	var b strings.Builder
 	listen := r.listenAddr()
 	if listen != "" {
@@ -176,14 +202,7 @@ func (r Rule) String() string {
 		b.WriteString(bracketed(r.Target) + ":")
 	}
 	b.WriteString(r.TargetPorts.String() + "/" + r.Proto.String())
-	for _, option := range []struct {
-		on   bool
-		name string
-	}{{r.Dir == Out, optOut}, {r.Weak, optWeak}, {r.Auto, optAuto}} {
-		if option.on {
-			b.WriteString("," + option.name)
-		}
-	}
+	b.WriteString(writeOptions(&r))
 	return b.String()
 }
 
@@ -199,6 +218,9 @@ func (r Rule) listenAddr() string {
 
 // endpoint returns where the rule listens, for messages: "127.0.0.1:8080/tcp".
 func (r Rule) endpoint() string {
+	if r.Socket != "" {
+		return r.Socket
+	}
 	s, ports := r.listenAddr(), r.Ports.String()
 	if ports == "" {
 		ports = "(any free)"
@@ -263,10 +285,76 @@ func (r Rule) check() error {
 	case r.Dir != In && r.Dir != Out:
 		return fmt.Errorf("%s is neither in nor out", r.Dir)
 	}
+	if err := cmp.Or(r.checkSockets(), r.checkOptions(), r.Limits.check(r.Proto)); err != nil {
+		return err
+	}
 	if err := r.checkListen(); err != nil {
 		return err
 	}
 	return r.checkTarget()
+}
+
+// free reports whether the kernel is to choose the ports.
+func (r Rule) free() bool { return r.Ports == PortRange{} && r.Socket == "" }
+
+func (r Rule) checkSockets() error {
+	kind, name, _ := strings.Cut(r.Socket, ":")
+	switch {
+	case r.Socket == "":
+	case kind != "unix" && kind != "systemd" && kind != "fd":
+		return fmt.Errorf("socket %q begins with none of unix:, systemd: and fd:", r.Socket)
+	case name == "":
+		return fmt.Errorf("socket %q has no name", r.Socket)
+	case kind == "unix":
+		if err := checkSocketPath(name); err != nil {
+			return err
+		}
+	}
+	switch {
+	case r.Socket == "" && r.TargetSocket == "":
+		return nil
+	case r.Socket != "" && (r.Addr.IsValid() || r.Iface != "" || r.Ports != PortRange{} || r.Dir != In || r.Auto || r.Wait || r.Share):
+		return fmt.Errorf("socket %q is bound already: no address, interface, port, or option about them goes with it", r.Socket)
+	case r.Socket != "" && r.TargetPorts.Len() != 1:
+		return fmt.Errorf("socket %q leads to one port", r.Socket)
+	case kind == "unix" && r.Proto != TCP, r.TargetSocket != "" && r.Proto != TCP:
+		return errors.New("a UNIX socket is for tcp")
+	case r.TargetSocket == "":
+		return nil
+	case r.Dir != Out || r.Ports.Len() != 1 || r.Target.IsValid() || r.Auto:
+		return fmt.Errorf("UNIX socket %q: only one port of the container's loopback can lead to it", r.TargetSocket)
+	}
+	return checkSocketPath(r.TargetSocket)
+}
+
+// checkSocketPath says what is wrong with the path of a UNIX socket (unix(7)).
+func checkSocketPath(path string) error {
+	const sunPathSize = 108
+	switch {
+	case !strings.HasPrefix(path, "/"):
+		return fmt.Errorf("UNIX socket %q: the path has to begin with a slash", path)
+	case len(path) >= sunPathSize:
+		return fmt.Errorf("UNIX socket %q: the path has %d bytes, and the kernel takes %d", path, len(path), sunPathSize-1)
+	case strings.ContainsFunc(path, func(c rune) bool { return !unicode.IsPrint(c) }):
+		return fmt.Errorf("UNIX socket %q: the path has unprintable characters", path)
+	}
+	return nil
+}
+
+func (r Rule) checkOptions() error {
+	switch {
+	case r.ProxyV2 && (r.Proto != TCP || r.Dir != In):
+		return errors.New("the PROXY protocol is for tcp into the container")
+	case r.Idle != 0 && (r.Dir != In || r.Socket != "" && !strings.HasPrefix(r.Socket, "systemd:")):
+		return errors.New("idle is for connections into the container whose client is not a UNIX socket")
+	case r.Wait && (r.Dir != In || r.free() || r.Addr.IsUnspecified() && r.Iface == "" || !r.Addr.IsValid() && r.Iface == ""):
+		return errors.New("wait is for a named port on an address or an interface of the host")
+	case r.Auto && r.Ports == PortRange{}:
+		return errors.New("auto needs the ports of the host")
+	case r.Share && r.free():
+		return errors.New("a port can be shared only if it is named")
+	}
+	return nil
 }
 
 func (r Rule) checkListen() error {
@@ -322,6 +410,12 @@ func validIface(name string) bool {
 // the other: same protocol and side, a port in common, an address in common,
 // and the same interface or one of them without. Free ports never overlap.
 func Overlaps(a, b Rule) bool {
+	if a.Socket != "" || b.Socket != "" {
+		return a.Socket == b.Socket && a.Proto == b.Proto
+	}
+	if a.Share && b.Share {
+		return false
+	}
 	if a.Dir != b.Dir || a.Proto != b.Proto || a.Ports.overlap(b.Ports) == (PortRange{}) {
 		return false
 	}
@@ -355,13 +449,14 @@ func Validate(rules []Rule) error {
 	}
 	slices.SortStableFunc(order, func(i, j int) int {
 		a, b := rules[i], rules[j]
-		return cmp.Or(cmp.Compare(a.Dir, b.Dir), cmp.Compare(a.Proto, b.Proto), cmp.Compare(a.Ports.First, b.Ports.First))
+		return cmp.Or(cmp.Compare(a.Dir, b.Dir), cmp.Compare(a.Proto, b.Proto),
+			cmp.Compare(a.Ports.First, b.Ports.First), cmp.Compare(a.Socket, b.Socket))
 	})
 	for n, i := range order {
 		a := rules[i]
 		for _, j := range order[n+1:] {
 			b := rules[j]
-			if b.Dir != a.Dir || b.Proto != a.Proto || b.Ports.First > a.Ports.Last {
+			if b.Dir != a.Dir || b.Proto != a.Proto || b.Ports.First > a.Ports.Last && a.Socket == "" {
 				break
 			}
 			if Overlaps(a, b) {
@@ -375,6 +470,9 @@ func Validate(rules []Rule) error {
 func overlapError(a, b Rule) error {
 	if a == b {
 		return fmt.Errorf("port rule %q is given twice", a)
+	}
+	if a.Socket != "" {
+		return fmt.Errorf("port rules %q and %q are for the same socket", a, b)
 	}
 	return fmt.Errorf("port rules %q and %q overlap: both listen on port %s/%s", a, b, a.Ports.overlap(b.Ports), a.Proto)
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -22,6 +23,9 @@ type Change struct {
 	Remove []int
 	// Replace ends all that are not in Add.
 	Replace bool
+	// Sockets are sockets for the rules of Add, besides those of Config. They
+	// stay the caller's, who may close them when Change has returned.
+	Sockets []Socket
 	// Generation, if not 0, is the one that the change was made for; if the
 	// rules have changed since, the error is [ErrGeneration].
 	Generation uint64
@@ -31,12 +35,22 @@ type Change struct {
 	Drain time.Duration
 }
 
+// Socket is a socket that somebody else has made, and its name in [Rule].Socket:
+// "systemd:web" or "fd:web" is named web. It listens, or is a bound UDP socket.
+// Several sockets may have the same name.
+type Socket struct {
+	Name string
+	File *os.File
+}
+
 // Changed is what became of a [Change].
 type Changed struct {
 	// Generation counts the changes since the start, from 1.
 	Generation uint64 `json:"generation"`
-	// Rules are those of Change.Add, in their order.
+	// Rules are those of Change.Add, in their order, and New the ids of those
+	// that were not there before.
 	Rules []RuleStatus `json:"forwards"`
+	New   []int        `json:"new"`
 }
 
 var (
@@ -96,6 +110,9 @@ type ruleSet struct {
 	udp    *udpEngine // nil without UDP
 	noTCP  bool
 	log    *slog.Logger
+	events *eventHub
+
+	follower follower
 
 	// changing is held for the whole of a change, and locked before mu.
 	changing sync.Mutex
@@ -132,7 +149,7 @@ func (s *ruleSet) change(c Change) (Changed, error) {
 	}
 	_, generation := s.list()
 	if len(p.enter) > 0 || len(p.leave) > 0 || generation == 0 {
-		if err := s.bind(p); err != nil {
+		if err := s.bind(p, c.Sockets); err != nil {
 			for _, r := range p.enter {
 				r.stop()
 			}
@@ -142,6 +159,9 @@ func (s *ruleSet) change(c Change) (Changed, error) {
 	}
 	_, generation = s.list()
 	changed := Changed{Generation: generation, Rules: make([]RuleStatus, 0, len(p.named))}
+	for _, r := range p.enter {
+		changed.New = append(changed.New, r.id)
+	}
 	for _, r := range p.named {
 		changed.Rules = append(changed.Rules, r.status())
 	}
@@ -224,14 +244,19 @@ func conflict(r Rule, stay []*activeRule) error {
 
 // sameListeners reports whether a and b differ only in where they lead.
 func sameListeners(a, b Rule) bool {
-	a.Target, a.TargetPorts = netip.Addr{}, PortRange{}
-	b.Target, b.TargetPorts = netip.Addr{}, PortRange{}
-	return a == b && a.Ports != PortRange{} && !a.Auto
+	return a.listening() == b.listening() && !a.free() && !a.Auto && !a.Wait
+}
+
+// listening returns r without what says where it leads.
+func (r Rule) listening() Rule {
+	r.Target, r.TargetPorts, r.TargetSocket = netip.Addr{}, PortRange{}, ""
+	r.ProxyV2, r.Limits = false, Limits{}
+	return r
 }
 
 // bind makes the listeners of those that enter, and puts those of UDP to work,
 // which can fail. After an error nothing has changed.
-func (s *ruleSet) bind(p *plan) error {
+func (s *ruleSet) bind(p *plan, sockets []Socket) error {
 	var fresh []*activeRule
 	var rules []Rule
 	for _, r := range p.enter {
@@ -241,6 +266,7 @@ func (s *ruleSet) bind(p *plan) error {
 		}
 	}
 	b := s.binder
+	b.sockets = append(slices.Clone(b.sockets), sockets...)
 	// A port may be in use by what the change removes, and that has to go on
 	// until all is bound.
 	b.makeRoom = func(r Rule) (made bool) {
@@ -298,7 +324,7 @@ func (s *ruleSet) commit(p *plan, drain time.Duration) {
 			continue
 		}
 		for _, l := range r.takeTCP() {
-			s.tcp.listen(l.tcp, r, l.rule.TargetPorts.First)
+			s.tcp.listen(l.stream(), r, l.rule.TargetPorts.First)
 		}
 	}
 	s.mu.Lock()
@@ -311,13 +337,19 @@ func (s *ruleSet) commit(p *plan, drain time.Duration) {
 			s.udp.unlisten(r)
 		}
 		s.log.Debug("forward removed", "id", r.id, "rule", r.rule)
+		s.events.forward(ForwardRemoved, r)
 		s.drain(r, drain)
 	}
 	for _, r := range p.enter {
 		s.setReusePort(r, false)
 		s.log.Debug("forward added", "id", r.id, "rule", r.rule)
+		s.events.forward(ForwardAdded, r)
 		for _, failed := range r.failures() {
-			s.log.Warn("a port is left out", "err", failed)
+			s.log.Warn("a port is left out", "err", failed.err)
+		}
+		s.follow(r)
+		if r.rule.Idle > 0 && s.tcp.enter() {
+			go s.tcp.idleLoop(r)
 		}
 	}
 }
@@ -327,6 +359,9 @@ func (s *ruleSet) commit(p *plan, drain time.Duration) {
 // mind that this one was bound without it (inet_csk_bind_conflict,
 // udp_lib_lport_inuse).
 func (s *ruleSet) setReusePort(r *activeRule, on bool) {
+	if r.rule.Share {
+		return // it has the option for good
+	}
 	s.tcp.listenersOf(r, func(l *tcpListener) { setReusePort(l, on) })
 	if s.udp != nil {
 		s.udp.setReusePort(r, on)
@@ -366,7 +401,7 @@ func (s *ruleSet) drainLater(r *activeRule, after time.Duration) {
 
 // newActiveRule returns a rule without listeners. It ends with stop, or ctx.
 func newActiveRule(ctx context.Context, id int, rule Rule) *activeRule {
-	r := &activeRule{id: id, rule: rule}
+	r := &activeRule{id: id, rule: rule, gate: newGate(rule.Limits)}
 	r.ctx, r.stop = context.WithCancel(ctx)
 	return r
 }

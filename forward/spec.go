@@ -11,13 +11,6 @@ import (
 	"strings"
 )
 
-// The options that a rule of [ParsePublish] may have after its protocol.
-const (
-	optOut  = "out"
-	optWeak = "weak"
-	optAuto = "auto"
-)
-
 // ParsePublish parses what Docker and Podman users give to -p:
 //
 //	[[ADDR][%IFACE]:][HOST:]CONTAINER[/PROTO[,PROTO]]
@@ -29,8 +22,17 @@ const (
 // udp; with both there are two rules.
 //
 // What [Rule.String] writes is understood as well. Beyond the above that is
-// HOST:TARGET:CONTAINER, where TARGET is an address in the namespace, and after
-// PROTO the options ",out", ",weak" and ",auto".
+// HOST:TARGET:CONTAINER, where TARGET is an address in the namespace; sockets
+// that are not bound by address,
+//
+//	unix:PATH:CONTAINER       a UNIX socket, made at PATH
+//	systemd:NAME:CONTAINER    those of this name that systemd passed
+//	fd:NAME:CONTAINER         the one of this name in Change.Sockets
+//	PORT:unix:PATH/tcp,out    a UNIX socket of the host, at a port of the container
+//
+// and options after PROTO, each after a comma: "out", "weak", "auto", "share",
+// "wait", "proxy=v2", "max=N", "rate=N", "idle=DURATION", "allow=PREFIX+PREFIX",
+// "deny=PREFIX+PREFIX". They are the fields of [Rule].
 //
 // The rules are valid, in the sense of [Validate]. An error quotes s and the
 // piece of it that is wrong.
@@ -43,6 +45,9 @@ func ParsePublish(s string) ([]Rule, error) {
 }
 
 func parsePublish(s string) ([]Rule, error) {
+	if r, err := parseSocketRule(s); r != nil || err != nil {
+		return r, err
+	}
 	r := Rule{Proto: TCP}
 	protos := []Proto{TCP}
 	head, suffix, found := strings.Cut(s, "/")
@@ -95,25 +100,72 @@ func parsePublish(s string) ([]Rule, error) {
 // options, which it sets in r.
 func parseSuffix(r *Rule, s string) (protos []Proto, err error) {
 	for i, word := range strings.Split(s, ",") {
-		switch option := strings.ToLower(word); {
-		case i > 0 && option == optOut:
-			r.Dir = Out
-		case i > 0 && option == optWeak:
-			r.Weak = true
-		case i > 0 && option == optAuto:
-			r.Auto = true
-		default:
-			proto, err := parseProto(word)
-			if err != nil {
+		if i > 0 {
+			if ok, err := parseOption(r, word); err != nil {
 				return nil, err
+			} else if ok {
+				continue
 			}
-			if slices.Contains(protos, proto) {
-				return nil, fmt.Errorf("%q is given twice", word)
-			}
-			protos = append(protos, proto)
 		}
+		proto, err := parseProto(word)
+		if err != nil {
+			return nil, err
+		}
+		if slices.Contains(protos, proto) {
+			return nil, fmt.Errorf("%q is given twice", word)
+		}
+		protos = append(protos, proto)
 	}
 	return protos, nil
+}
+
+// parseSocketRule parses a rule with a socket that is not bound by address; nil
+// is a rule without. PATH may have any character, so what follows it is looked
+// for from the end.
+func parseSocketRule(s string) ([]Rule, error) {
+	kind, rest, _ := strings.Cut(s, ":")
+	r := Rule{Proto: TCP}
+	switch {
+	case kind == "unix" || kind == "systemd" || kind == "fd":
+		i := strings.LastIndexByte(rest, ':')
+		for i >= 0 && strings.Contains(rest[i:], "=") { // of an IPv6 prefix in an option
+			i = strings.LastIndexByte(rest[:i], ':')
+		}
+		if i < 0 {
+			return nil, fmt.Errorf("no port of the container follows %q", s)
+		}
+		r.Socket = kind + ":" + rest[:i]
+		rest = rest[i+1:]
+	case strings.HasPrefix(rest, "unix:"):
+		var err error
+		if r.Ports, err = parseRange(kind); err != nil {
+			return nil, err
+		}
+		path := strings.TrimPrefix(rest, "unix:")
+		rest = kind
+		if i := strings.LastIndex(path, "/tcp,out"); i >= 0 {
+			path, rest = path[:i], kind+path[i:]
+		}
+		r.Dir, r.TargetSocket = Out, path
+	default:
+		return nil, nil
+	}
+	ports, suffix, found := strings.Cut(rest, "/")
+	if found {
+		protos, err := parseSuffix(&r, suffix)
+		if err != nil {
+			return nil, err
+		}
+		if len(protos) > 1 {
+			return nil, errors.New("one socket has one protocol")
+		}
+		r.Proto = protos[0]
+	}
+	var err error
+	if r.TargetPorts, err = parseRange(ports); err != nil {
+		return nil, err
+	}
+	return []Rule{r}, r.check()
 }
 
 // splitColons splits at colons, except for those in brackets at the beginning
@@ -141,6 +193,7 @@ func splitColons(s string) (fields []string) {
 //
 //	CHUNK: RANGE[:RANGE]          8080  8000-8010  8000-8010:9000-9010
 //	       RANGE:TARGET[/RANGE]   to another address in the namespace
+//	       PORT:unix:PATH         -T: to a UNIX socket of the host, alone in its list
 //	       ~RANGE                 but not these
 //	       all[:TARGET]           all ports but the ephemeral ones
 //	       auto                   only while something listens there
@@ -179,6 +232,14 @@ func ephemeralPorts() PortRange {
 func parseSpec(r Rule, spec string, ephemeral PortRange) ([]Rule, error) {
 	if spec == "none" {
 		return nil, nil
+	}
+	if port, path, found := strings.Cut(spec, ":unix:"); found && r.Dir == Out && r.Proto == TCP {
+		var err error
+		if r.Ports, err = parseRange(port); err != nil {
+			return nil, err
+		}
+		r.TargetPorts, r.TargetSocket = r.Ports, path
+		return []Rule{r}, r.check()
 	}
 	listen, list := splitSpec(spec)
 	var err error

@@ -89,7 +89,7 @@ func TestParsePublishErrors(t *testing.T) {
 		"8080:80/sctp":           `"sctp" is not a protocol that can be forwarded: tcp or udp`,
 		"8080:80/":               `"" is not a protocol that can be forwarded: tcp or udp`,
 		"8080:80/weak":           `"weak" is not a protocol that can be forwarded: tcp or udp`,
-		"8080:80/tcp,share":      `"share" is not a protocol that can be forwarded: tcp or udp`,
+		"8080:80/tcp,shard":      `"shard" is not a protocol that can be forwarded: tcp or udp`,
 		"8080:80/tcp,tcp":        `"tcp" is given twice`,
 		"8080:80/tcp/udp":        `"tcp/udp" is not a protocol that can be forwarded: tcp or udp`,
 		"localhost:8080:80":      `"localhost" is not an IP address`,

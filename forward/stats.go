@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // activeRule is a [Rule] that runs: what was bound for it, and what went through
@@ -20,9 +21,11 @@ type activeRule struct {
 
 	flowCounters
 
+	gate gate
+
 	mu     sync.Mutex // guards the following fields
-	bound  []netip.AddrPort
-	failed []*Error         // ports that could not be bound
+	bound  []boundPort
+	failed []failedPort
 	tcp    []*boundListener // not yet in use
 	path   Datapath
 	reason string // why path is not the best one
@@ -31,11 +34,26 @@ type activeRule struct {
 	seenAs [2]netip.Addr
 }
 
+// boundPort is a socket that listens for a rule.
+type boundPort struct {
+	port    uint16 // on the target side
+	address netip.AddrPort
+	ifindex int // of the interface that it is bound to, 0 for none
+}
+
+// failedPort is a port that could not be bound.
+type failedPort struct {
+	port uint16 // on the target side
+	err  *Error
+	next time.Time // when to try again
+}
+
 // flowCounters are the counters of a rule, or of all flows that no rule made.
 // The zero value is ready.
 type flowCounters struct {
 	active   atomic.Int64 // flows that are open
 	total    atomic.Int64 // flows there were, the open ones included
+	refused  atomic.Int64 // by a limit of the rule
 	bytesIn  atomic.Int64 // bytes of payload into the namespace
 	bytesOut atomic.Int64 // bytes of payload out of it
 }
@@ -60,10 +78,12 @@ func (r *activeRule) setPath(path Datapath, reason string) {
 func (r *activeRule) bind(b binding) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.failed = b.failed
+	for _, failed := range b.failed {
+		r.failed = append(r.failed, failedPort{port: failed.Rule.TargetPorts.First, err: failed})
+	}
 	for _, l := range b.listeners {
-		r.bound = append(r.bound, l.address)
-		if l.tcp != nil {
+		r.bound = append(r.bound, boundPort{l.rule.TargetPorts.First, l.address, l.ifindex})
+		if l.udp == nil {
 			r.tcp = append(r.tcp, l)
 		}
 	}
@@ -103,11 +123,11 @@ func (r *activeRule) takeOver(old *activeRule) {
 	r.bound, r.failed = bound, failed
 }
 
-// failures returns the errors of the ports that could not be bound.
-func (r *activeRule) failures() []*Error {
+// failures returns the ports that could not be bound.
+func (r *activeRule) failures() []failedPort {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.failed
+	return slices.Clone(r.failed)
 }
 
 // traffic returns a snapshot of the counters.
@@ -115,6 +135,7 @@ func (c *flowCounters) traffic() Traffic {
 	return Traffic{
 		Active:   c.active.Load(),
 		Total:    c.total.Load(),
+		Refused:  c.refused.Load(),
 		BytesIn:  c.bytesIn.Load(),
 		BytesOut: c.bytesOut.Load(),
 	}
@@ -126,7 +147,13 @@ func (r *activeRule) status() RuleStatus {
 	defer r.mu.Unlock()
 	var problems []string
 	for _, failed := range r.failed {
-		problems = append(problems, failed.Error())
+		problems = append(problems, failed.err.Error())
+	}
+	var bound []netip.AddrPort
+	for _, b := range r.bound {
+		if b.address.IsValid() {
+			bound = append(bound, b.address)
+		}
 	}
 	for i, family := range []string{"IPv6", "IPv4"} {
 		if r.seenAs[i].IsValid() {
@@ -137,9 +164,34 @@ func (r *activeRule) status() RuleStatus {
 		ID:       r.id,
 		Rule:     r.rule,
 		Problems: problems,
-		Bound:    slices.Clone(r.bound),
+		Bound:    bound,
 		Path:     r.path,
 		Reason:   r.reason,
 		Traffic:  r.traffic(),
 	}
+}
+
+// ports returns what is bound.
+func (r *activeRule) ports() []boundPort {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.bound)
+}
+
+// addresses returns the addresses that are bound.
+func (r *activeRule) addresses() []netip.AddrPort { return r.status().Bound }
+
+// forget forgets that a port was bound, or could not be.
+func (r *activeRule) forget(port uint16) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.bound = slices.DeleteFunc(r.bound, func(b boundPort) bool { return b.port == port })
+	r.failed = slices.DeleteFunc(r.failed, func(f failedPort) bool { return f.port == port })
+}
+
+// fail remembers that a port could not be bound.
+func (r *activeRule) fail(f failedPort) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.failed = append(slices.DeleteFunc(r.failed, func(old failedPort) bool { return old.port == f.port }), f)
 }

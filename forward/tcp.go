@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -24,6 +25,7 @@ type tcpEngine struct {
 	// dialHost connects to dst in the host's namespace.
 	dialHost func(ctx context.Context, dst netip.AddrPort) (flowConn, error)
 	log      *slog.Logger
+	events   *eventHub
 	outbound flowCounters // of connections that no rule made
 	bufs     bufferPool
 
@@ -39,16 +41,23 @@ type tcpEngine struct {
 
 func newTCPEngine(p *paths, dns *nameservers, log *slog.Logger) *tcpEngine {
 	e := &tcpEngine{
-		paths: p, dns: dns, dialHost: dialHostTCP, log: log,
+		paths: p, dns: dns, dialHost: dialHostTCP, log: log, events: new(eventHub),
 		listeners: make(map[*tcpListener]struct{}), relays: make(map[*relay]struct{}),
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	return e
 }
 
+// streamListener is a socket that listens for a rule of TCP: a *net.TCPListener
+// or a *net.UnixListener.
+type streamListener interface {
+	net.Listener
+	syscall.Conn
+}
+
 // tcpListener is one port that is listened on, and where it leads.
 type tcpListener struct {
-	*net.TCPListener
+	streamListener
 	to atomic.Pointer[tcpTarget]
 }
 
@@ -60,8 +69,8 @@ type tcpTarget struct {
 
 // listen accepts connections from ln, which the engine owns, until unlisten or
 // close.
-func (e *tcpEngine) listen(ln *net.TCPListener, rule *activeRule, port uint16) {
-	l := &tcpListener{TCPListener: ln}
+func (e *tcpEngine) listen(ln streamListener, rule *activeRule, port uint16) {
+	l := &tcpListener{streamListener: ln}
 	l.to.Store(&tcpTarget{rule, port})
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -102,17 +111,19 @@ func (e *tcpEngine) unlisten(rule *activeRule) {
 	})
 }
 
+// unlistenPort closes the listeners of one port of rule.
+func (e *tcpEngine) unlistenPort(rule *activeRule, port uint16) {
+	e.listenersOf(rule, func(l *tcpListener) {
+		if l.to.Load().port == port {
+			delete(e.listeners, l)
+			l.Close()
+		}
+	})
+}
+
 // endRelays ends the connections of rule with RST.
 func (e *tcpEngine) endRelays(rule *activeRule) {
-	var relays []*relay
-	e.mu.Lock()
-	for r := range e.relays {
-		if r.rule == rule {
-			relays = append(relays, r)
-		}
-	}
-	e.mu.Unlock()
-	for _, r := range relays {
+	for _, r := range e.relaysOf(rule) {
 		r.abort(endRemoved)
 	}
 }
@@ -124,12 +135,12 @@ func (e *tcpEngine) acceptLoop(l *tcpListener) {
 	const minDelay, maxDelay = 5 * time.Millisecond, time.Second
 	delay := minDelay
 	for {
-		c, err := l.AcceptTCP()
+		c, err := l.Accept()
 		switch {
 		case err == nil:
 			delay = minDelay
 			if e.enter() {
-				go e.serve(l.to.Load(), c)
+				go e.serve(l.to.Load(), c.(flowConn))
 			} else {
 				abort(c)
 			}
@@ -151,9 +162,12 @@ func (e *tcpEngine) acceptLoop(l *tcpListener) {
 }
 
 // serve carries one accepted connection, in the direction of its rule.
-func (e *tcpEngine) serve(to *tcpTarget, c *net.TCPConn) {
+func (e *tcpEngine) serve(to *tcpTarget, c flowConn) {
 	defer e.wg.Done()
-	to.rule.begin()
+	if !to.rule.admit(clientOf(c).Addr()) {
+		abort(c)
+		return
+	}
 	defer to.rule.end()
 	if to.rule.rule.Dir == Out {
 		e.serveOut(to, c)
@@ -163,8 +177,8 @@ func (e *tcpEngine) serve(to *tcpTarget, c *net.TCPConn) {
 }
 
 // serveIn carries a connection from the host into the namespace.
-func (e *tcpEngine) serveIn(to *tcpTarget, c *net.TCPConn) {
-	client := c.RemoteAddr().(*net.TCPAddr).AddrPort()
+func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn) {
+	client := clientOf(c)
 	ctx, cancel := context.WithTimeout(to.rule.ctx, dialTimeout)
 	inner, r, err := dial(ctx, e.paths.routes(to.rule.rule, client, to.port))
 	cancel()
@@ -177,12 +191,35 @@ func (e *tcpEngine) serveIn(to *tcpTarget, c *net.TCPConn) {
 		return
 	}
 	to.rule.served(client.Addr(), r.src.Addr())
-	e.relay(&relay{outer: c, inner: inner, rule: to.rule, counters: &to.rule.flowCounters}, log.With("source", r.src, "server", r.dst))
+	if to.rule.rule.ProxyV2 {
+		if err := writeProxyHeader(inner, c); err != nil {
+			abort(c)
+			abort(inner)
+			log.Debug("connection refused", "err", err)
+			return
+		}
+	}
+	flow := Flow{Proto: TCP, Dir: In, Forward: to.rule.id, Client: client, Server: r.dst, Path: r.path}
+	if r.src != flow.Client {
+		flow.Seen = r.src
+	}
+	e.relay(&relay{outer: c, inner: inner, rule: to.rule, counters: &to.rule.flowCounters, flow: flow},
+		log.With("source", r.src, "server", r.dst))
+}
+
+// clientOf returns the address of the client. That of a UNIX socket is a process
+// of the host, without an address or port.
+func clientOf(c net.Conn) netip.AddrPort {
+	if a, ok := c.RemoteAddr().(*net.TCPAddr); ok {
+		return unmapped(a.AddrPort())
+	}
+	return netip.AddrPortFrom(loopbackOf(true), 0)
 }
 
 // relay runs r to its end and writes the connection log.
 func (e *tcpEngine) relay(r *relay, log *slog.Logger) {
 	r.bufs = &e.bufs
+	r.flow.Started = time.Now()
 	e.mu.Lock()
 	if e.closed || r.rule != nil && r.rule.ctx.Err() != nil {
 		e.mu.Unlock()
@@ -192,13 +229,14 @@ func (e *tcpEngine) relay(r *relay, log *slog.Logger) {
 	e.relays[r] = struct{}{}
 	e.mu.Unlock()
 
-	begin := time.Now()
+	e.events.flow(FlowOpened, r)
 	r.run()
 
 	e.mu.Lock()
 	delete(e.relays, r)
 	e.mu.Unlock()
-	log.Debug("connection ended", "in", r.in, "out", r.out, "duration", time.Since(begin).Round(time.Millisecond), "how", r.ending)
+	e.events.flow(FlowClosed, r)
+	log.Debug("connection ended", "in", r.in, "out", r.out, "duration", time.Since(r.flow.Started).Round(time.Millisecond), "how", r.ending)
 }
 
 // enter counts a goroutine that close waits for; it is false after close.

@@ -239,6 +239,19 @@ func (e *udpEngine) unlisten(rule *activeRule) {
 	}
 }
 
+// unlistenPort is unlisten for one port of rule.
+func (e *udpEngine) unlistenPort(rule *activeRule, port uint16) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	gone := func(s *udpSocket) bool { return s != nil && s.rule == rule && s.port == port }
+	e.flows.removeAll(func(f *flow) bool { return gone(f.host.sock) || gone(f.inside.sock) })
+	for _, s := range e.sockets {
+		if gone(s) {
+			e.closeSocketLocked(s)
+		}
+	}
+}
+
 // setReusePort lets other sockets of ours be bound to the ports of rule, or no
 // longer.
 func (e *udpEngine) setReusePort(rule *activeRule, on bool) {

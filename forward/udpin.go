@@ -177,6 +177,10 @@ func (e *udpEngine) acceptLocked(s *udpSocket, from *sockaddr) *flow {
 // e.mu while a socket is made in the namespace; only the worker of s accepts on s,
 // so nobody else begins the same flow.
 func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort) *flow {
+	if !s.rule.gate.allows(client.Addr()) {
+		s.rule.refused.Add(1)
+		return nil
+	}
 	guest := netip.AddrPortFrom(e.target(s.rule, client.Addr().Is4()), s.port)
 	if e.cfg.LoopbackInside && client.Addr().IsLoopback() && !s.rule.rule.Target.IsValid() {
 		guest = netip.AddrPortFrom(loopbackOf(client.Addr().Is4()), s.port)

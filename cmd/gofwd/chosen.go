@@ -11,7 +11,7 @@ import (
 // "0.0.0.0:49153 -> 80/tcp".
 func printChosen(w io.Writer, s forward.Status) {
 	for _, r := range s.Rules {
-		if r.Rule.Ports != (forward.PortRange{}) {
+		if r.Rule.Ports != (forward.PortRange{}) || r.Rule.Socket != "" {
 			continue
 		}
 		for n, b := range r.Bound {

@@ -33,7 +33,7 @@ type inner struct {
 	opts    *options
 	log     *slog.Logger
 	link    *os.File
-	control net.Listener
+	control *net.UnixListener
 	capture io.Writer // nil without --pcap
 	ns      *netnsutil.NS
 	own     chan os.Signal // that this process got, if it is one of its own
@@ -41,7 +41,7 @@ type inner struct {
 	// Set by start.
 	forwarder *forward.Forwarder
 	ended     chan error // of forwarder.Wait
-	server    *http.Server
+	server    *control.Server
 }
 
 // newInner takes over what outer passed to this process.
@@ -72,7 +72,7 @@ func newInner(o *options) (*inner, error) {
 	// runtime can wait for it together with everything else.
 	i.link = files["link"]
 	var err error
-	if i.control, err = net.FileListener(files["control"]); err != nil {
+	if i.control, err = unixListener(files["control"]); err != nil {
 		return nil, fmt.Errorf("take over control socket: %w", err)
 	}
 	files["control"].Close()
@@ -86,6 +86,19 @@ func newInner(o *options) (*inner, error) {
 	i.own = make(chan os.Signal, 16)
 	catchSignals(i.own)
 	return i, nil
+}
+
+func unixListener(f *os.File) (*net.UnixListener, error) {
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, err
+	}
+	u, ok := l.(*net.UnixListener)
+	if !ok {
+		l.Close()
+		return nil, fmt.Errorf("%s is no UNIX socket", f.Name())
+	}
+	return u, nil
 }
 
 // catchSignals delivers what is to be passed on to c, but for what nohup(1)
@@ -119,11 +132,7 @@ func (i *inner) start(ctx context.Context) error {
 	i.forwarder = f
 	i.ended = make(chan error, 1)
 	go i.waitForwarder()
-	i.server = &http.Server{
-		Handler:           control.Handler(f),
-		ReadHeaderTimeout: 10 * time.Second,
-		ErrorLog:          slog.NewLogLogger(i.log.Handler(), slog.LevelDebug),
-	}
+	i.server = control.NewServer(control.Config{Forwarder: f, Version: readVersion().Version, Logger: i.log})
 	go i.serveControl()
 	if !i.opts.quiet {
 		printChosen(os.Stdout, f.Status())

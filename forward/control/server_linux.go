@@ -1,0 +1,267 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/gofwd/gofwd/forward"
+)
+
+const (
+	// Timeout is how long a client may take to send a request, and to take a
+	// piece of the answer.
+	Timeout = 10 * time.Second
+	// MaxConns is how many connections a Server has at once.
+	MaxConns = 512
+	// idleTimeout is how long a connection may rest between two requests.
+	idleTimeout = time.Minute
+)
+
+// Config says what a [Server] serves. Forwarder is required.
+type Config struct {
+	Forwarder *forward.Forwarder
+	// Version is that of the program, for /v1/info.
+	Version string
+	// PID is a process in the namespace, for /v1/info; 0 if there is none.
+	PID int
+	// Reload, if not nil, is POST /v1/reload: it reads the program's
+	// configuration anew, and applies it.
+	Reload func() error
+	// Logger takes what an operator must know; nil discards it.
+	Logger *slog.Logger
+}
+
+// Server answers clients on UNIX sockets.
+type Server struct {
+	http *http.Server
+	log  *slog.Logger
+
+	mu    sync.Mutex // guards conns
+	conns map[*conn]struct{}
+}
+
+// NewServer returns a Server that listens nowhere yet.
+func NewServer(cfg Config) *Server {
+	s := &Server{log: cfg.Logger, conns: make(map[*conn]struct{})}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	base, end := context.WithCancel(context.Background())
+	s.http = &http.Server{
+		Handler:           newHandler(cfg),
+		ReadHeaderTimeout: Timeout,
+		WriteTimeout:      Timeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    16 << 10,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		BaseContext:       func(net.Listener) context.Context { return base },
+		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
+	}
+	s.http.RegisterOnShutdown(end)
+	return s
+}
+
+// Serve answers clients of l, which it closes, until Close; then the error is
+// [http.ErrServerClosed].
+func (s *Server) Serve(l *net.UnixListener) error {
+	uids, err := usersOf(l)
+	if err != nil {
+		l.Close()
+		return fmt.Errorf("serve control socket: %w", err)
+	}
+	return s.http.Serve(&listener{UnixListener: l, server: s, uids: uids})
+}
+
+// Close closes the listeners and all connections, and ends all leases. It is
+// idempotent, and waits a second at most for requests under way.
+func (s *Server) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if err := s.http.Shutdown(ctx); errors.Is(err, context.DeadlineExceeded) {
+		return s.http.Close()
+	} else if err != nil {
+		return err
+	}
+	return nil
+}
+
+// usersOf returns the users that may use l: our own, and the one that made it
+// listen. The second may be another, who gave us the socket, or have no number in
+// our user namespace; then his clients don't either, and the mode of the socket
+// has to keep the others away.
+func usersOf(l *net.UnixListener) ([2]uint32, error) {
+	own := uint32(os.Geteuid())
+	owner, err := peerUser(l)
+	return [2]uint32{own, owner}, err
+}
+
+// peerUser returns who is at the other end of a socket, or who made it listen:
+// that is whom its clients see at their other end (SO_PEERCRED in unix(7)).
+func peerUser(c syscall.Conn) (uint32, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, os.NewSyscallError("getsockopt", credErr)
+	}
+	return cred.Uid, nil
+}
+
+// listener lets in clients of the right user.
+type listener struct {
+	*net.UnixListener
+	server *Server
+	uids   [2]uint32
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		uid, err := peerUser(c)
+		if err == nil && (uid == l.uids[0] || uid == l.uids[1]) {
+			return l.server.enter(c), nil
+		}
+		l.server.log.Warn("a client of another user was turned away", "uid", uid, "err", err)
+		c.Close()
+	}
+}
+
+// conn is a client's connection, and the descriptors that came by it.
+type conn struct {
+	*net.UnixConn
+	server *Server
+	since  time.Time
+
+	mu    sync.Mutex // guards the following fields
+	busy  bool       // a complete request is being answered
+	files []*os.File
+}
+
+// enter adds a connection. If they are too many, the oldest that isn't busy goes.
+func (s *Server) enter(u *net.UnixConn) *conn {
+	c := &conn{UnixConn: u, server: s, since: time.Now()}
+	var oldest *conn
+	s.mu.Lock()
+	if len(s.conns) >= MaxConns {
+		for other := range s.conns {
+			if (oldest == nil || other.since.Before(oldest.since)) && !other.isBusy() {
+				oldest = other
+			}
+		}
+	}
+	s.conns[c] = struct{}{}
+	s.mu.Unlock()
+	if oldest != nil {
+		oldest.Close()
+	}
+	return c
+}
+
+func (c *conn) isBusy() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.busy
+}
+
+// setBusy says whether a request is being answered. The clock of those that
+// aren't starts anew.
+func (c *conn) setBusy(busy bool) {
+	c.server.mu.Lock()
+	c.since = time.Now()
+	c.server.mu.Unlock()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.busy = busy
+}
+
+// maxFiles is how many descriptors a client may have sent that no request of his
+// has asked for; the kernel's limit for one message is 253.
+const maxFiles = 64
+
+// Read reads, and keeps the descriptors that come along (SCM_RIGHTS in unix(7)).
+func (c *conn) Read(b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
+	oob := make([]byte, unix.CmsgSpace(maxFiles*4))
+	n, oobn, _, _, err := c.ReadMsgUnix(b, oob)
+	if oobn > 0 {
+		c.keep(oob[:oobn])
+	}
+	if n == 0 && err == nil {
+		err = io.EOF
+	}
+	return n, err
+}
+
+func (c *conn) keep(oob []byte) {
+	messages, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, m := range messages {
+		fds, err := unix.ParseUnixRights(&m)
+		if err != nil {
+			continue
+		}
+		for _, fd := range fds {
+			if len(c.files) == maxFiles {
+				unix.Close(fd)
+				continue
+			}
+			unix.CloseOnExec(fd)
+			c.files = append(c.files, os.NewFile(uintptr(fd), "descriptor from a client"))
+		}
+	}
+}
+
+// takeFiles returns the descriptors that have come. The caller closes them.
+func (c *conn) takeFiles() []*os.File {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	files := c.files
+	c.files = nil
+	return files
+}
+
+func (c *conn) Close() error {
+	c.server.mu.Lock()
+	delete(c.server.conns, c)
+	c.server.mu.Unlock()
+	for _, f := range c.takeFiles() {
+		f.Close()
+	}
+	return c.UnixConn.Close()
+}
+
+type connKey struct{}
+
+// connOf returns the connection that a request came by, nil if it isn't ours.
+func connOf(ctx context.Context) *conn {
+	c, _ := ctx.Value(connKey{}).(*conn)
+	return c
+}
