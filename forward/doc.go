@@ -14,5 +14,18 @@
 //
 // Outbound connections are dialled before the container's handshake is
 // completed (outbound.go): what the world refuses, the container sees refused.
-// UDP has no connections; its engine (udp.go) keeps a table of flows instead.
+// UDP has no connections; its engine (udp.go) keeps a table of flows instead, and
+// ping (echo_linux.go) one of requests.
+//
+// What an address means on the other side is decided once for all of them: the
+// numbers of the container in network.go, the tables of addresses in hostmap.go,
+// and the host's nameservers in dns.go.
+//
+// # Limits
+//
+// Sources are kept for every client but those that hostMap.source lists. Each TCP
+// flow takes a descriptor on the tap path; where there are none left, clients wait
+// in the backlog, and what the container begins is refused. Copy buffers are
+// bounded by bufferBudget, UDP flows by MaxFlows of udpConfig, pings on their way
+// by pingsInFlight. Multicasts leave the namespace; only answers to them get in.
 package forward

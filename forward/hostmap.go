@@ -96,11 +96,10 @@ func (m *hostMap) guestOf(is4 bool) netip.Addr {
 //	a DNS address, port 53 or 853      the host's nameserver, of either family
 //	an address mapped to the loopback  127.0.0.1 or ::1
 //	the host alias                     the host's main address
-//	any loopback, unspecified,
-//	or multicast address               nowhere
+//	any loopback or unspecified one    nowhere
 //	the rest of a net of our own       nowhere
 //	anything else, the host's own      as it is
-//	addresses included
+//	addresses and multicast included
 //
 // The first row that fits decides. Only the first two lead to the host's
 // loopback. The error is an [syscall.Errno] that says what a router would:
@@ -121,8 +120,9 @@ func (m *hostMap) destination(dst netip.AddrPort) (netip.AddrPort, error) {
 		return netip.AddrPortFrom(host, port), nil
 	case slices.Contains(m.dns, addr), slices.Contains(m.gateways, addr) && m.invented(addr):
 		return netip.AddrPort{}, syscall.ECONNREFUSED
-	case addr.IsLoopback(), addr.IsUnspecified(), addr.IsMulticast(), m.invented(addr):
-		// connect(2) to 0.0.0.0 or :: reaches the loopback.
+	case addr.IsLoopback(), addr.IsUnspecified(), addr.IsInterfaceLocalMulticast(), m.invented(addr):
+		// connect(2) to 0.0.0.0 or :: reaches the loopback, and ff01::/16
+		// is the loopback of multicast (RFC 4291 2.7).
 		return netip.AddrPort{}, syscall.EHOSTUNREACH
 	}
 	return netip.AddrPortFrom(addr, port), nil

@@ -125,8 +125,9 @@ func TestHostMapDestination(t *testing.T) {
 		{"copied: the real gateway", copied, "192.0.2.1:80", "192.0.2.1:80", nil},
 		{"copied: a neighbour", copied, "192.0.2.77:80", "192.0.2.77:80", nil},
 		{"copied: dns", copied, "169.254.1.1:53", "127.0.0.53:53", nil},
-		{"multicast v4", plain, "224.0.0.251:5353", "", syscall.EHOSTUNREACH},
-		{"multicast v6", plain, "[ff02::fb]:5353", "", syscall.EHOSTUNREACH},
+		{"multicast v4", plain, "224.0.0.251:5353", "224.0.0.251:5353", nil},
+		{"multicast v6", plain, "[ff02::fb]:5353", "[ff02::fb]:5353", nil},
+		{"multicast to oneself", plain, "[ff01::1]:5353", "", syscall.EHOSTUNREACH},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := tt.m.destination(netip.MustParseAddrPort(tt.dst))

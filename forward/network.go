@@ -203,7 +203,6 @@ func (p *networkPlan) addFamily(cfg Network, host hostNetwork, numbers familyNum
 		p.addrs.alias = append(p.addrs.alias, alias...)
 	}
 	p.addrs.loopback = append(p.addrs.loopback, addrsOf(cfg.MapHostLoopback, numbers.is4)...)
-	p.addSpecialRoutes(numbers.is4)
 	return nil
 }
 
@@ -225,19 +224,6 @@ func (p *networkPlan) addRoutes(gateway netip.Addr, copied bool, host []netnsuti
 	if gateway.IsValid() {
 		p.addrs.gateways = append(p.addrs.gateways, gateway)
 		p.link.Routes = append(p.link.Routes, netnsutil.Route{Dst: anyPrefix(is4), Via: gateway})
-	}
-}
-
-// addSpecialRoutes adds routes to our special addresses where no default route
-// leads there.
-func (p *networkPlan) addSpecialRoutes(is4 bool) {
-	if slices.ContainsFunc(p.link.Routes, func(r netnsutil.Route) bool { return r.Dst == anyPrefix(is4) }) {
-		return
-	}
-	for _, a := range slices.Concat(p.addrs.dns, p.addrs.alias, p.addrs.loopback) {
-		if a.Is4() == is4 {
-			p.link.Routes = append(p.link.Routes, netnsutil.Route{Dst: netip.PrefixFrom(a, a.BitLen())})
-		}
 	}
 }
 

@@ -187,8 +187,18 @@ func TestPlanNetwork(t *testing.T) {
 			Network{CopyHost: true, NoIPv6: true},
 			hostNetwork{main: netnsutil.Link{Addrs: prefixes("192.0.2.10/24")}},
 			want{
-				addrs: prefixes("192.0.2.10/24"), dns: addrs("169.254.1.1"), alias: private.alias[:1],
-				routes: []netnsutil.Route{linkRoute("169.254.1.1/32", ""), linkRoute("169.254.1.2/32", "")},
+				addrs: prefixes("192.0.2.10/24"), gateways: addrs("192.0.2.2"), dns: addrs("169.254.1.1"), alias: private.alias[:1],
+				routes: []netnsutil.Route{linkRoute("0.0.0.0/0", "192.0.2.2")},
+			},
+		},
+		{
+			"an address of its own, and the host's routes", Network{CopyHost: true, Addrs: prefixes("192.0.2.50/24")}, v4,
+			want{
+				addrs:    prefixes("192.0.2.50/24"),
+				gateways: addrs("192.0.2.1"),
+				dns:      addrs("169.254.1.1"),
+				alias:    private.alias[:1],
+				routes:   v4.main.Routes,
 			},
 		},
 		{"a host without addresses to copy", Network{CopyHost: true}, hostNetwork{}, with(func(w *want) { w.notes = 1 })},
