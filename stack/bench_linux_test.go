@@ -27,12 +27,15 @@ func tcpPair(t testing.TB) (a, b *net.TCPConn) {
 // BenchmarkTapStream moves bytes from one kernel socket on the host over the tap
 // to another in the namespace, and back.
 func BenchmarkTapStream(b *testing.B) {
-	for _, mtu := range []int{1500, 65520} {
-		for _, dir := range []string{"in", "out"} {
-			b.Run(itoa(mtu)+"/"+dir, func(b *testing.B) {
-				ns, s := newTapStack(b, Config{}, mtu)
-				l, addr := listen(b, ns, guest4)
-				conn, err := s.DialTCP(context.Background(), netip.AddrPortFrom(client4, 0), addr)
+	for _, f := range families {
+		for _, c := range []struct {
+			mtu int
+			dir string
+		}{{1500, "in"}, {1500, "out"}, {65520, "in"}, {65520, "out"}} {
+			b.Run(f.name+"/"+itoa(c.mtu)+"/"+c.dir, func(b *testing.B) {
+				ns, s := newTapStack(b, Config{}, c.mtu)
+				l, addr := listen(b, ns, f.guest)
+				conn, err := s.DialTCP(context.Background(), netip.AddrPortFrom(f.client, 0), addr)
 				require.NoError(b, err)
 				inside, err := l.Accept()
 				require.NoError(b, err)
@@ -41,7 +44,7 @@ func BenchmarkTapStream(b *testing.B) {
 				require.NoError(b, err)
 				var live atomic.Int64
 				src, dst := net.Conn(outside), inside
-				if dir == "in" {
+				if c.dir == "in" {
 					go func() { conn.CopyFrom(raw, &live); conn.Close() }()
 				} else {
 					src, dst = inside, outside
