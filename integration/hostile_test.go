@@ -16,7 +16,7 @@ import (
 
 // hostileBound is the memory that a container may make gofwd take, whatever it
 // sends: resident bytes above those of an idle gofwd.
-const hostileBound = 96 << 20
+const hostileBound = 256 << 20
 
 // raw sends Ethernet frames of our own making out of the container's tap.
 type raw struct {

@@ -115,7 +115,7 @@ func New(cfg Config) (*Stack, error) {
 	}
 	s := &Stack{cfg: cfg, conns: make(map[*Conn]struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.syn = &synHolder{stack: s, held: make(map[heldKey]*TCPRequest), ctx: s.ctx}
+	s.syn = &synHolder{stack: s, held: make(map[heldKey]*TCPRequest), ctx: s.ctx, now: time.Now}
 	s.ep = &endpoint{
 		dev: cfg.Device, mtu: cfg.Device.MTU(), offloads: cfg.Device.Offloads(),
 		own: make(map[netip.Addr]bool), log: cfg.Logger, stats: &s.stats,

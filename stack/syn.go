@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -18,10 +19,14 @@ import (
 	"gvisor.dev/gvisor/pkg/waiter"
 )
 
-// maxHeld is how many SYNs are held at once; more are dropped, and the container
-// sends them again. gVisor's own forwarder is usually given 10, which loses
-// bursts.
+// maxHeld is how many SYNs are held at once. gVisor's own forwarder is usually
+// given 10, which loses bursts.
 const maxHeld = 4096
+
+// heldAtLeast is how long a SYN is held even if others want its place: longer
+// than the world needs for its answer, and no longer than a container waits that
+// sends its SYN again, after 1 and 3 seconds.
+const heldAtLeast = 2 * time.Second
 
 // heldKey is a connection as the container sees it.
 type heldKey struct{ src, dst netip.AddrPort }
@@ -34,6 +39,7 @@ type synHolder struct {
 	held  map[heldKey]*TCPRequest
 	wg    sync.WaitGroup
 	ctx   context.Context // ends with the stack
+	now   func() time.Time
 }
 
 // TCPRequest is a connection that the container wants to open: its SYN is held
@@ -46,6 +52,7 @@ type TCPRequest struct {
 	holder *synHolder
 	ctx    context.Context
 	cancel context.CancelFunc
+	since  time.Time
 	seq    uint32
 	tos    uint8
 
@@ -86,16 +93,41 @@ func (h *synHolder) handle(p *packet, ip []byte) bool {
 	} else if h.stack.established(key) {
 		return false
 	}
-	if len(h.held) >= maxHeld || h.ctx.Err() != nil {
+	if !h.makeRoomLocked() || h.ctx.Err() != nil {
 		h.stack.stats.synDrop.Add(1)
 		return true
 	}
-	r := &TCPRequest{Src: key.src, Dst: key.dst, holder: h, seq: seq, tos: p.tos, ip: slices.Clone(ip)}
+	r := &TCPRequest{
+		Src: key.src, Dst: key.dst, holder: h,
+		since: h.now(), seq: seq, tos: p.tos, ip: slices.Clone(ip),
+	}
 	r.ctx, r.cancel = context.WithCancel(h.ctx)
 	h.held[key] = r
 	h.wg.Add(1)
 	go h.serve(r)
 	return true
+}
+
+// makeRoomLocked reports whether one more SYN may be held. Where there are too many,
+// one that the world has not answered for long makes way for it: or else a
+// container that has called many dead addresses could call nobody for as long as
+// such dials last. A few are looked at, in the map's random order, for a flood must
+// be cheap to refuse.
+func (h *synHolder) makeRoomLocked() bool {
+	if len(h.held) < maxHeld {
+		return true
+	}
+	looks := 8
+	for key, r := range h.held {
+		if r.answered == unanswered && h.now().Sub(r.since) >= heldAtLeast {
+			h.endLocked(key, r)
+			return true
+		}
+		if looks--; looks == 0 {
+			break
+		}
+	}
+	return false
 }
 
 // retransmittedLocked takes another copy of a SYN that is held.
