@@ -363,18 +363,17 @@ func TestBindPrivilegedPort(t *testing.T) {
 	ns := newNS(t)
 	var err, weak error
 	var all []binding
-	onOwnThread(func() {
-		require.NoError(t, ns.Do(func() error {
-			dropCap(t, unix.CAP_NET_BIND_SERVICE)
-			require.NoError(t, os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte("900"), 0))
-			_, err = (&binder{}).bindAll([]Rule{rule("127.0.0.1:80:80")})
-			_, weak = (&binder{}).bindAll([]Rule{rule("80-81:80-81/udp,weak")})
-			all = bind(t, &binder{}, "898-901:898-901/tcp,weak")
-			require.Equal(t, "net.ipv4.ip_unprivileged_port_start is 900: choose a port from there on, or as root: "+
-				"sysctl -w net.ipv4.ip_unprivileged_port_start=80, or let systemd bind it (socket activation)", Hint(err))
-			return nil
-		}))
-	})
+	require.NoError(t, ns.Do(func() error {
+		runtime.LockOSThread() // once more than Do: the thread ends with this
+		dropCap(t, unix.CAP_NET_BIND_SERVICE)
+		require.NoError(t, os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte("900"), 0))
+		_, err = (&binder{}).bindAll([]Rule{rule("127.0.0.1:80:80")})
+		_, weak = (&binder{}).bindAll([]Rule{rule("80-81:80-81/udp,weak")})
+		all = bind(t, &binder{}, "898-901:898-901/tcp,weak")
+		require.Equal(t, "net.ipv4.ip_unprivileged_port_start is 900: choose a port from there on, or as root: "+
+			"sysctl -w net.ipv4.ip_unprivileged_port_start=80, or let systemd bind it (socket activation)", Hint(err))
+		return nil
+	}))
 	require.ErrorIs(t, err, os.ErrPermission)
 	require.EqualError(t, err, "bind host port 127.0.0.1:80/tcp: permission denied")
 	require.EqualError(t, weak, "bind any of 80-81/udp: permission denied")
