@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -177,12 +178,7 @@ const netState = `ip -o link | sed 's/qlen.*//'; ip -o addr; ip route show table
 func requireGone(t *testing.T, pids []int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("one of the processes %v lives on", pids), func() bool {
-		for _, pid := range pids {
-			if alive(pid) {
-				return false
-			}
-		}
-		return true
+		return !slices.ContainsFunc(pids, alive)
 	})
 }
 

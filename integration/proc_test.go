@@ -284,7 +284,7 @@ func (p *proc) rss(t *testing.T) int64 {
 func children(pid int) []int {
 	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
 	var all []int
-	for _, f := range strings.Fields(string(b)) {
+	for f := range strings.FieldsSeq(string(b)) {
 		child, _ := strconv.Atoi(f)
 		all = append(append(all, child), children(child)...)
 	}
