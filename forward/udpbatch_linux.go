@@ -225,11 +225,17 @@ func (b *sendBatch) sendSplit(i int) syscall.Errno {
 		iov.Base = &p[0]
 		iov.SetLen(n)
 		p = p[n:]
-		_, _, errno := unix.Syscall(unix.SYS_SENDMSG, uintptr(b.sock.fd),
-			uintptr(unsafe.Pointer(&h)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
-		if errno != 0 {
-			return errno
+		if err := b.sendOne(&h); err != 0 {
+			return err
 		}
 	}
 	return 0
+}
+
+func (b *sendBatch) sendOne(h *unix.Msghdr) (errno syscall.Errno) {
+	for try := 0; try == 0 || again(errno, try-1); try++ {
+		_, _, errno = unix.Syscall(unix.SYS_SENDMSG, uintptr(b.sock.fd),
+			uintptr(unsafe.Pointer(h)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	}
+	return errno
 }

@@ -197,6 +197,46 @@ func TestUDPBroadcastAndMulticast(t *testing.T) {
 	}
 }
 
+// While a flood to a closed port is refused, answers to others by the same socket
+// all arrive, and the container is told nothing wrong about them.
+func TestUDPErrorsOfOthers(t *testing.T) {
+	families(t, func(t *testing.T, lo, guest netip.Addr) {
+		u := newUDPTest(t, func(c *udpConfig) { c.Batched = true })
+		server := listenUDP(t, netip.AddrPortFrom(lo, 0).String())
+		closed := listenUDP(t, netip.AddrPortFrom(lo, 0).String())
+		dst := addrOf(closed)
+		closed.Close()
+		src := netip.AddrPortFrom(guest, 53)
+		flood := &stack.Datagram{Src: src, Dst: dst, TTL: 64, Payload: pattern(1400)}
+		answer := &stack.Datagram{Src: src, Dst: addrOf(server), TTL: 64, Payload: []byte("answer")}
+		var flooding sync.WaitGroup
+		stop := make(chan struct{})
+		flooding.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					u.fromNamespace(flood)
+				}
+			}
+		})
+		for range 1000 {
+			u.fromNamespace(answer)
+			u.idle()
+			got, _ := readFrom(t, server)
+			require.Equal(t, "answer", got)
+		}
+		close(stop)
+		flooding.Wait()
+		u.close()
+		require.Len(t, u.sockets, 0)
+		for len(u.tap.errs) > 0 {
+			require.Equal(t, dst, (<-u.tap.errs).dst)
+		}
+	})
+}
+
 // A rule of direction Out needs no tap: both its ends are sockets.
 func TestUDPOutRule(t *testing.T) {
 	families(t, func(t *testing.T, lo, _ netip.Addr) {

@@ -228,41 +228,57 @@ func (e *udpEngine) sendSome(b *sendBatch, i int) int {
 	return n
 }
 
+// sendTries is how often a message is sent that meets the ICMP error of another.
+const sendTries = 16
+
+// again reports whether a message that met err may go if it is sent once more. The
+// kernel reports what an ICMP error stands for (icmp_err_convert) with whatever is
+// sent next on the socket, be it to another peer, and that clears it; by then the
+// next one may have come.
+func again(err syscall.Errno, try int) bool {
+	switch err {
+	case syscall.ECONNREFUSED, syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.ENONET,
+		syscall.ENOPROTOOPT, syscall.EOPNOTSUPP, syscall.EPROTO, syscall.EACCES:
+		return try < sendTries
+	case syscall.EMSGSIZE:
+		return try < 1 // each try puts it into the error queue
+	}
+	return false
+}
+
 // sendWhole sends the messages from i to before end, and returns how many went.
 func sendWhole(b *sendBatch, i, end int) (int, syscall.Errno) {
+	s, m := b.sock, &b.meta[i]
 	n, err := b.send(i, end)
-	if err == 0 || err == syscall.EAGAIN {
-		return n, err
-	}
-	// If the datagram was too long, the error queue says so, over IPv4 without
-	// the destination's port (ip_local_error in __ip_append_data). It can be
-	// read before we are back here, but then it will be said again.
-	b.sock.tooLong.Store(b.meta[i].flow)
-	// The error may be that of an earlier datagram, to another peer, and with
-	// its return it is cleared: once more.
-	broadcast := err == syscall.EACCES && b.sock.allowBroadcast()
-	if n, err = b.send(i, end); err == 0 {
-		if broadcast {
-			b.sock.group.Store(true)
+	for try := 0; again(err, try); try++ {
+		// If the datagram is too long, the error queue says so, over IPv4
+		// without the destination's port (ip_local_error in
+		// __ip_append_data). It can be read before we are here, but then it
+		// will be said again.
+		s.tooLong.Store(m.flow)
+		broadcast := err == syscall.EACCES && b.names[i].v4() && s.allowBroadcast()
+		if n, err = b.send(i, end); err == 0 && broadcast {
+			s.group.Store(true)
 		}
-		return n, 0
 	}
-	if b.meta[i].count == 1 {
-		return 0, err
+	if m.count == 1 || err == 0 || err == syscall.EAGAIN {
+		return n, err
 	}
 	// Either the device has no checksum offload (EIO), or a segment does not
 	// fit into the MTU (EINVAL, EMSGSIZE).
 	if err == syscall.EIO {
-		b.sock.noSegment.Store(true)
+		s.noSegment.Store(true)
 	}
+	s.tooLong.Store(m.flow)
 	return 1, b.sendSplit(i)
 }
 
 // unreachable tells the container that message i was not sent, if a router would.
-// EMSGSIZE is told by the error queue, which knows the MTU.
+// EMSGSIZE is told by the error queue, which knows the MTU, and ECONNREFUSED is
+// always another datagram's.
 func (e *udpEngine) unreachable(b *sendBatch, i int, err syscall.Errno) {
 	f := b.meta[i].flow
-	if f.inside.sock != nil || err == syscall.EMSGSIZE {
+	if f.inside.sock != nil || err == syscall.EMSGSIZE || err == syscall.ECONNREFUSED {
 		return
 	}
 	d := stack.Datagram{Src: f.guest, Dst: f.peer, Payload: b.payload(i)[:min(b.meta[i].segment, b.meta[i].size)]}
