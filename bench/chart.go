@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"fmt"
 	"image/color"
+	"strconv"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
+	"gonum.org/v1/plot/text"
 	"gonum.org/v1/plot/vg"
 	_ "gonum.org/v1/plot/vg/vgsvg" // the output format
 )
@@ -92,8 +94,14 @@ func colorOf(tool string) color.Color {
 func drawBars(title, axis string, bars []bar) ([]byte, error) {
 	p := plot.New()
 	p.Title.Text = title
+	p.Title.Padding = vg.Points(8)
 	p.X.Label.Text = axis
+	p.X.Label.Padding = vg.Points(4)
 	p.X.Min = 0
+	p.X.Tick.Marker = plot.TickerFunc(plainTicks)
+	for _, style := range []*text.Style{&p.Title.TextStyle, &p.X.Label.TextStyle, &p.X.Tick.Label, &p.Y.Tick.Label} {
+		style.Font.Variant = "Sans"
+	}
 	names := make([]string, len(bars))
 	points := spread{}
 	labels := plotter.XYLabels{}
@@ -112,7 +120,7 @@ func drawBars(title, axis string, bars []bar) ([]byte, error) {
 		points.XYs = append(points.XYs, plotter.XY{X: b.value.Mid, Y: float64(at)})
 		points.XErrors = append(points.XErrors, struct{ Low, High float64 }{b.value.Mid - b.value.Lo, b.value.Hi - b.value.Mid})
 		labels.XYs = append(labels.XYs, plotter.XY{X: b.value.Hi, Y: float64(at)})
-		labels.Labels = append(labels.Labels, " "+number(b.value.Mid))
+		labels.Labels = append(labels.Labels, number(b.value.Mid))
 	}
 	whiskers, err := plotter.NewXErrorBars(points)
 	if err != nil {
@@ -124,8 +132,10 @@ func drawBars(title, axis string, bars []bar) ([]byte, error) {
 		return nil, err
 	}
 	for i := range figures.TextStyle {
-		figures.TextStyle[i].YAlign = -0.5
+		figures.TextStyle[i].YAlign = -0.4
+		figures.TextStyle[i].Font.Variant = "Sans"
 	}
+	figures.Offset.X = vg.Points(5)
 	p.Add(whiskers, figures)
 	p.NominalY(names...)
 	p.X.Max *= 1.1 // room for the last figure
@@ -135,7 +145,20 @@ func drawBars(title, axis string, bars []bar) ([]byte, error) {
 	}
 	var b bytes.Buffer
 	_, err = to.WriteTo(&b)
-	return b.Bytes(), err
+	// The reader may lack the font; Arial and Helvetica have its widths.
+	svg := bytes.ReplaceAll(b.Bytes(), []byte("Liberation Sans"), []byte("Liberation Sans,Arial,Helvetica,sans-serif"))
+	return svg, err
+}
+
+// plainTicks writes 25 rather than 25.00.
+func plainTicks(lo, hi float64) []plot.Tick {
+	ticks := plot.DefaultTicks{}.Ticks(lo, hi)
+	for i := range ticks {
+		if ticks[i].Label != "" {
+			ticks[i].Label = strconv.FormatFloat(ticks[i].Value, 'g', 6, 64)
+		}
+	}
+	return ticks
 }
 
 // spread are the values that [plotter.NewXErrorBars] wants.

@@ -74,7 +74,7 @@ func TestSave(t *testing.T) {
 	r := testResult(charts[0].row, unitGbps, map[string][]float64{toolKernel: five(10), toolPasta: five(20)})
 	o := &options{out: filepath.Join(dir, "results", "x"), readme: readme}
 	require.NoError(t, o.save(r))
-	for _, name := range []string{"result.json", "bench.txt", "tcp-in.svg", "summary.md", "tcp.md", "tools.md", "machine.md", "source.md"} {
+	for _, name := range []string{"result.json", "bench.txt", "tcp-in.svg", "README.md"} {
 		require.FileExists(t, filepath.Join(o.out, name))
 	}
 	text, err := os.ReadFile(readme)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -205,6 +206,9 @@ func (l *lab) sample(ctx context.Context, r *row, t tool, sites map[string]*site
 	}
 	values, err := r.measure.take(ctx, s, l.order.Seconds)
 	if err == nil {
+		for unit, v := range values { // more digits would be noise
+			values[unit], _ = strconv.ParseFloat(strconv.FormatFloat(v, 'g', 6, 64), 64)
+		}
 		return values, nil
 	}
 	err = errors.Join(err, s.helperEnded(), anyEnded(s.servers))

@@ -43,7 +43,7 @@ func run(args []string, stdout io.Writer) error {
 	case opt.compare:
 		return runCompare(opt.args, stdout)
 	}
-	result, err := measure(opt)
+	result, err := opt.result()
 	if err != nil {
 		return err
 	}
@@ -58,6 +58,7 @@ type options struct {
 	seconds       float64
 	quick, all    bool
 	list, compare bool
+	from          string
 	out, readme   string
 	args          []string
 }
@@ -73,7 +74,8 @@ func parseOptions(args []string) (*options, error) {
 	f.BoolVar(&o.all, "all", false, "fail when a tool is missing")
 	f.BoolVar(&o.list, "list", false, "list the rows and exit")
 	f.BoolVar(&o.compare, "compare", false, "compare two results, OLD.json NEW.json; fail on a regression of gofwd")
-	f.StringVar(&o.out, "out", "", "write JSON, benchmark text, Markdown and charts into `dir`; \"auto\" names one in bench/results")
+	f.StringVar(&o.from, "from", "", "show this result.json instead of measuring")
+	f.StringVar(&o.out, "out", "", "write JSON, benchmark text, a page and charts into `dir`; \"auto\" names one in bench/results")
 	f.StringVar(&o.readme, "readme", "", "fill the benchmark markers of this Markdown `file`; needs -out")
 	if err := f.Parse(args); err != nil {
 		return nil, err
@@ -102,6 +104,14 @@ func parseOptions(args []string) (*options, error) {
 		return nil, fmt.Errorf("no row matches -only %s", o.only)
 	}
 	return o, nil
+}
+
+// result measures, or reads what was measured before.
+func (o *options) result() (*Result, error) {
+	if o.from != "" {
+		return loadResult(o.from)
+	}
+	return measure(o)
 }
 
 // toolNames returns the tools that were asked for; none means all.
@@ -173,9 +183,7 @@ func (o *options) save(r *Result) error {
 	for _, c := range charts {
 		files[c.name] = c.svg
 	}
-	for name, block := range r.blocks(charts, ".") {
-		files[name+".md"] = []byte(block)
-	}
+	files["README.md"] = []byte(r.page(charts))
 	for name, data := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), data, 0o644); err != nil {
 			return err

@@ -52,6 +52,12 @@ var groupTitles = map[string]string{
 	groupLife:      "Start, memory, idle connections",
 }
 
+// groupPrefixes tell rows of several groups apart in one table.
+var groupPrefixes = map[string]string{
+	groupLatency: "latency: ", groupConns: "new connections: ", groupHTTP: "HTTP: ", groupUDP: "UDP: ",
+	groupTap: "tap: ", groupCC: "host's congestion control: ",
+}
+
 var groups = []string{
 	groupTCP, groupLatency, groupConns, groupHTTP, groupUDP, groupTap, groupCC, groupPublished, groupLife,
 }
@@ -177,7 +183,7 @@ func latency() []row {
 			Row: Row{
 				Name:  fmt.Sprintf("TCPRR/way=%s/ip=%d", w, ip),
 				Group: groupLatency, Units: []string{unitP50, unitP99, unitP999},
-				Title: fmt.Sprintf("TCP, %s, IPv%d", wayTitle(w, ""), ip),
+				Title: fmt.Sprintf("%s, IPv%d", wayTitle(w, ""), ip),
 			},
 			proto: "tcp", quick: w == remote && ip == 4,
 			measure: ours("tcprr", w, ip),

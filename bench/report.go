@@ -73,7 +73,9 @@ func digits(v float64) string {
 		return strconv.FormatFloat(v, 'f', 0, 64)
 	case a >= 10:
 		return strconv.FormatFloat(v, 'f', 1, 64)
-	case a >= 1 || a == 0:
+	case a == 0:
+		return "0"
+	case a >= 1:
 		return strconv.FormatFloat(v, 'f', 2, 64)
 	}
 	return strconv.FormatFloat(v, 'g', 2, 64)
@@ -258,13 +260,13 @@ var verdicts = []struct {
 }
 
 func (r *Result) summaryTable(standings []standing) *table {
-	t := &table{head: []string{"", "gofwd", "unit", "best peer", "", "÷ best peer", "÷ pasta", "÷ native"}}
+	t := &table{head: []string{"", "unit", "path", "gofwd", "best peer", "", "÷ best peer", "÷ pasta", "÷ native"}}
 	for _, s := range standings {
 		peer := s.peer
 		if peer != "" && r.hides(peer, s.row) {
 			peer += hiddenSource
 		}
-		t.add(s.row.Title, s.gofwd.String(), s.row.Units[0], s.best.String(), peer,
+		t.add(groupPrefixes[s.row.Group]+s.row.Title, s.row.Units[0], strings.TrimPrefix(s.subject, "gofwd-"), s.gofwd.String(), s.best.String(), peer,
 			factorOr(s.vsPeer), factorOr(s.vsPasta), factorOr(s.vsNative))
 	}
 	return t
@@ -399,6 +401,19 @@ func (r *Result) blocks(charts []chartFile, dir string) map[string]string {
 	return blocks
 }
 
+// page returns everything as one Markdown file, for the folder of the result.
+func (r *Result) page(charts []chartFile) string {
+	blocks := r.blocks(charts, ".")
+	var b strings.Builder
+	fmt.Fprintf(&b, "# gofwd beside its peers, %s\n\nMade by `go run ./bench`; its documentation has the method.\n", r.Machine.Date.Format("2 January 2006"))
+	for _, name := range slices.Concat([]string{"machine", "summary", "charts"}, groups, []string{"source", "tools"}) {
+		if block := blocks[name]; block != "" {
+			b.WriteString("\n" + block)
+		}
+	}
+	return b.String()
+}
+
 // summaryBlock shows the losses, and folds the rest.
 func (r *Result) summaryBlock() string {
 	var b strings.Builder
@@ -410,7 +425,7 @@ func (r *Result) summaryBlock() string {
 		}
 		md := r.summaryTable(some).markdown()
 		if i == 0 {
-			fmt.Fprintf(&b, "**%s: %d of %d rows**\n\n%s\n", v.title, len(some), len(standings), md)
+			fmt.Fprintf(&b, "**%s: %d of %d rows** (a ratio above 1 says that gofwd is better)\n\n%s\n", v.title, len(some), len(standings), md)
 			continue
 		}
 		fmt.Fprintf(&b, "<details><summary><b>%s: %d of %d rows</b></summary>\n\n%s\n</details>\n\n", v.title, len(some), len(standings), md)

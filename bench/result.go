@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -130,9 +131,44 @@ func loadResult(path string) (*Result, error) {
 	return r, nil
 }
 
-// json returns the result as a file, one sample a line.
+// json returns the result as a file with one tool, row or sample a line, so that
+// two of them can be told apart by diff.
 func (r *Result) json() ([]byte, error) {
-	return json.MarshalIndent(r, "", " ")
+	var b bytes.Buffer
+	machine, err := json.MarshalIndent(r.Machine, "", " ")
+	if err != nil {
+		return nil, err
+	}
+	fmt.Fprintf(&b, "{\"machine\": %s", machine)
+	if err := writeLines(&b, "tools", r.Tools); err != nil {
+		return nil, err
+	}
+	if err := writeLines(&b, "rows", r.Rows); err != nil {
+		return nil, err
+	}
+	if err := writeLines(&b, "samples", r.Samples); err != nil {
+		return nil, err
+	}
+	b.WriteString("\n}\n")
+	return b.Bytes(), nil
+}
+
+// writeLines writes a member of an object whose value is an array.
+func writeLines[T any](b *bytes.Buffer, name string, values []T) error {
+	fmt.Fprintf(b, ",\n%q: [", name)
+	for i, v := range values {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		line, err := json.Marshal(v)
+		if err != nil {
+			return err
+		}
+		b.WriteByte('\n')
+		b.Write(line)
+	}
+	b.WriteByte(']')
+	return nil
 }
 
 // tool returns the description of a tool by name; it is nil for one that was

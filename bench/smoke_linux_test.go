@@ -19,7 +19,7 @@ func TestMain(m *testing.M) {
 
 // Every row runs once, so that none rots. The values mean nothing.
 func TestEveryRowRuns(t *testing.T) {
-	o, err := parseOptions([]string{"-rounds", "1", "-seconds", "0.05", "-tools", "native,fdbased"})
+	o, err := parseOptions([]string{"-rounds", "1", "-seconds", "0.05", "-tools", "native,gofwd-tap,fdbased"})
 	require.NoError(t, err)
 	result, err := measure(o)
 	require.NoError(t, err)
@@ -38,5 +38,9 @@ func TestEveryRowRuns(t *testing.T) {
 		}
 	}
 	require.Equal(t, kept, result.tool(toolFdbased).Source[sourceKey("tcp", 4, remote)])
+	for _, ip := range []int{4, 6} {
+		require.Equal(t, kept, result.tool(toolTap).Source[sourceKey("tcp", ip, remote)])
+		require.Equal(t, kept, result.tool(toolTap).Source[sourceKey("udp", ip, remote)])
+	}
 	require.Equal(t, 1500, result.tool(toolFdbased).MTU)
 }

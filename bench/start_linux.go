@@ -50,7 +50,24 @@ func measure(o *options) (*Result, error) {
 	if !state.Success() {
 		return nil, fmt.Errorf("the measuring process ended: %s", state)
 	}
-	return result, collectErr
+	if collectErr != nil {
+		return nil, collectErr
+	}
+	if o.all {
+		return result, result.complete()
+	}
+	return result, nil
+}
+
+// complete returns an error if one of the tools has no sample at all.
+func (r *Result) complete() error {
+	for _, t := range r.Tools {
+		measured := slices.ContainsFunc(r.Samples, func(s Sample) bool { return s.Tool == t.Name && s.Err == "" })
+		if !measured {
+			return fmt.Errorf("%s could not be measured: %s", t.Name, strings.Join(r.failures(r.Rows), "; "))
+		}
+	}
+	return nil
 }
 
 const module = "github.com/gofwd/gofwd"
