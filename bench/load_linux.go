@@ -207,7 +207,7 @@ type flood struct {
 
 // floodUDP finds the packet rate that arrives with less than 1 % loss, in
 // trials of a tenth of d each: first everything that the sender can send, then
-// by bisection between that and a 64th of it, on a logarithmic scale, to 3 %.
+// by bisection between that and a 64th of it, on a logarithmic scale, to 2 %.
 func floodUDP(addr string, d time.Duration, size, segments int) (map[string]float64, error) {
 	c, err := net.Dial("udp", addr)
 	if err != nil {
@@ -228,56 +228,61 @@ func floodUDP(addr string, d time.Duration, size, segments int) (map[string]floa
 	if err != nil {
 		return nil, err
 	}
-	values := map[string]float64{
-		unitBlastPPS: blast.delivered,
-		unitLoss:     100 * blast.loss(),
-	}
-	best, lo, hi := blast, math.Log(blast.sent/64), math.Log(blast.sent)
-	for range 8 {
-		if best.loss() < 0.01 && best.sent >= 0.97*math.Exp(hi) {
-			break
-		}
-		mid := (lo + hi) / 2
-		got, err := f.trial(math.Exp(mid), trial)
-		if err != nil {
-			return nil, err
-		}
-		if got.loss() < 0.01 {
-			best, lo = got, mid
-		} else {
-			hi = mid
-		}
-	}
-	values[unitPPS] = 0
-	if best.loss() < 0.01 {
-		values[unitPPS] = best.delivered
+	values := map[string]float64{unitBlastPPS: blast.delivered, unitLoss: 100 * blast.loss}
+	if blast.good() {
+		values[unitPPS] = blast.delivered
+	} else if values[unitPPS], err = f.search(blast.sent, trial); err != nil {
+		return nil, err
 	}
 	values[unitGbps] = values[unitPPS] * float64(size) * 8 / 1e9
 	return values, nil
 }
 
-// trialResult are packets a second.
-type trialResult struct{ sent, delivered float64 }
+// search returns the highest rate below most that is good; 0 where none is.
+func (f *flood) search(most float64, d time.Duration) (best float64, _ error) {
+	lo, hi := math.Log(most/64), math.Log(most)
+	for range 8 {
+		mid := (lo + hi) / 2
+		got, err := f.trial(math.Exp(mid), d)
+		if err != nil {
+			return 0, err
+		}
+		if got.good() {
+			best, lo = max(best, got.delivered), mid
+		} else {
+			hi = mid
+		}
+	}
+	return best, nil
+}
 
-func (t trialResult) loss() float64 { return max(0, 1-t.delivered/t.sent) }
+// trialResult are packets a second as the two ends saw them, and the share that
+// was lost.
+type trialResult struct{ sent, delivered, loss float64 }
+
+// good says that the receiver kept up: it got 99 % of the packets, and not much
+// later than they were sent, as it would from a queue that fills.
+func (t trialResult) good() bool { return t.loss < 0.01 && t.delivered > 0.95*t.sent }
 
 // trial sends at a rate for some time and asks how much arrived.
 func (f *flood) trial(rate float64, d time.Duration) (trialResult, error) {
 	run := rand.Uint64()
 	began := time.Now()
 	sent, err := f.send(run, rate, d)
-	took := time.Since(began).Seconds()
+	took := time.Since(began)
 	if err != nil {
 		return trialResult{}, err
 	}
 	time.Sleep(20 * time.Millisecond) // let the queues on the way drain
-	bytes, err := f.count(run)
+	bytes, elapsed, err := f.count(run)
 	if err != nil {
 		return trialResult{}, err
 	}
+	arrived := float64(bytes) / float64(f.size)
 	return trialResult{
-		sent:      float64(sent) / took,
-		delivered: float64(bytes) / float64(f.size) / took,
+		sent:      float64(sent) / took.Seconds(),
+		delivered: arrived / max(took, elapsed).Seconds(),
+		loss:      max(0, 1-arrived/float64(sent)),
 	}, nil
 }
 
@@ -311,23 +316,25 @@ func (f *flood) send(run uint64, rate float64, d time.Duration) (sent int, _ err
 	return sent, nil
 }
 
-// count asks the server until it answers, since question and answer may be lost.
-func (f *flood) count(run uint64) (uint64, error) {
+// count asks the server what has arrived, until it answers: question and answer
+// may be lost, or wait behind what was sent before.
+func (f *flood) count(run uint64) (bytes uint64, elapsed time.Duration, _ error) {
 	ask := binary.BigEndian.AppendUint64([]byte{askCount}, run)
 	buf := make([]byte, 64)
-	for range 40 {
+	for range 100 {
 		if _, err := f.conn.Write(ask); err != nil {
-			return 0, err
+			return 0, 0, err
 		}
-		if err := f.conn.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
-			return 0, err
+		if err := f.conn.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
+			return 0, 0, err
 		}
 		n, err := f.conn.Read(buf)
-		if err == nil && n == sinkHeader+8 && binary.BigEndian.Uint64(buf[1:]) == run {
-			return binary.BigEndian.Uint64(buf[sinkHeader:]), nil
+		if err == nil && n == sinkHeader+16 && binary.BigEndian.Uint64(buf[1:]) == run {
+			elapsed := binary.BigEndian.Uint64(buf[sinkHeader+8:])
+			return binary.BigEndian.Uint64(buf[sinkHeader:]), time.Duration(elapsed), nil
 		}
 	}
-	return 0, errors.New("the UDP server does not answer")
+	return 0, 0, errors.New("the UDP server does not answer")
 }
 
 // parseHeld reads what holdIdle prints.

@@ -10,6 +10,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/net/ipv6"
 	"golang.org/x/sys/unix"
@@ -21,7 +22,7 @@ const (
 	askEcho   = 'e' // send everything back
 	askSource = 's' // tell the address that I come from
 	askSink   = 'd' // UDP: count the bytes of this run
-	askCount  = 'q' // UDP: how many bytes have been counted in this run?
+	askCount  = 'q' // UDP: how many bytes were counted in this run, in how many nanoseconds?
 )
 
 // sinkHeader is the length of what a datagram to the sink begins with: the ask,
@@ -129,7 +130,7 @@ func serveUDP(conn *net.UDPConn, errc chan<- error) {
 	for i := range msgs {
 		msgs[i].Buffers = [][]byte{make([]byte, 1<<16)}
 	}
-	counts := map[uint64]uint64{}
+	counts := map[uint64]*tally{}
 	for {
 		n, err := pc.ReadBatch(msgs, 0)
 		if errors.Is(err, unix.ECONNREFUSED) {
@@ -139,13 +140,20 @@ func serveUDP(conn *net.UDPConn, errc chan<- error) {
 			errc <- err
 			return
 		}
+		now := time.Now()
 		for i := range msgs[:n] {
-			answerUDP(conn, msgs[i].Buffers[0][:msgs[i].N], msgs[i].Addr, counts)
+			answerUDP(conn, msgs[i].Buffers[0][:msgs[i].N], msgs[i].Addr, counts, now)
 		}
 	}
 }
 
-func answerUDP(conn *net.UDPConn, data []byte, from net.Addr, counts map[uint64]uint64) {
+// tally is what arrived in a run, and when.
+type tally struct {
+	bytes       uint64
+	first, last time.Time
+}
+
+func answerUDP(conn *net.UDPConn, data []byte, from net.Addr, counts map[uint64]*tally, now time.Time) {
 	if len(data) == 0 {
 		return
 	}
@@ -156,9 +164,19 @@ func answerUDP(conn *net.UDPConn, data []byte, from net.Addr, counts map[uint64]
 	// A reply that cannot be sent is one that was lost.
 	switch data[0] {
 	case askSink:
-		counts[run] += uint64(len(data))
+		if counts[run] == nil {
+			counts[run] = &tally{first: now}
+		}
+		counts[run].bytes += uint64(len(data))
+		counts[run].last = now
 	case askCount:
-		_, _ = conn.WriteTo(binary.BigEndian.AppendUint64(data[:sinkHeader:sinkHeader], counts[run]), from)
+		var t tally
+		if counts[run] != nil {
+			t = *counts[run]
+		}
+		answer := binary.BigEndian.AppendUint64(data[:sinkHeader:sinkHeader], t.bytes)
+		answer = binary.BigEndian.AppendUint64(answer, uint64(t.last.Sub(t.first)))
+		_, _ = conn.WriteTo(answer, from)
 	case askSource:
 		_, _ = conn.WriteTo([]byte(from.String()), from)
 	default:

@@ -17,30 +17,54 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// Every row runs once, so that none rots. The values mean nothing.
-func TestEveryRowRuns(t *testing.T) {
-	o, err := parseOptions([]string{"-rounds", "1", "-seconds", "0.05", "-tools", "native,gofwd-tap,fdbased"})
+// smoke measures once, as briefly as can be, and returns the result if every
+// sample could be taken. The values mean nothing.
+func smoke(t *testing.T, args ...string) *Result {
+	o, err := parseOptions(append([]string{"-rounds", "1", "-seconds", "0.05"}, args...))
 	require.NoError(t, err)
 	result, err := measure(o)
 	require.NoError(t, err)
 	for _, tool := range result.Tools {
 		require.Empty(t, tool.Missing, tool.Name)
 	}
-	byName := map[string]bool{}
 	for _, s := range result.Samples {
 		require.Empty(t, s.Err, "%s, %s", s.Row, s.Tool)
 		require.NotEmpty(t, s.Values, "%s, %s", s.Row, s.Tool)
-		byName[s.Row] = true
 	}
-	for _, r := range o.rows() {
+	return result
+}
+
+// Every load runs, so that none rots; those that need a tool are in the test
+// below.
+func TestEveryRowRuns(t *testing.T) {
+	result := smoke(t, "-tools", toolNative)
+	for _, r := range plan() {
 		if slices.Contains(r.tools, toolNative) {
-			require.True(t, byName[r.Name], "row %s has no sample", r.Name)
+			require.NotEmpty(t, result.rounds(r.Name, toolNative, r.Units[0]), r.Name)
+		}
+	}
+}
+
+func TestToolsAreMeasured(t *testing.T) {
+	const tcpRow = "TapTCP/way=remote/load=upload/ip=4/streams=1/cc=reno"
+	result := smoke(t, "-tools", toolTap+","+toolFdbased, "-only", "Start,Idle/conns=1000,UDP/size=64,"+tcpRow)
+	for _, ip := range []int{4, 6} {
+		for _, proto := range []string{"tcp", "udp"} {
+			require.Equal(t, kept, result.tool(toolTap).Source[sourceKey(proto, ip, remote)])
 		}
 	}
 	require.Equal(t, kept, result.tool(toolFdbased).Source[sourceKey("tcp", 4, remote)])
-	for _, ip := range []int{4, 6} {
-		require.Equal(t, kept, result.tool(toolTap).Source[sourceKey("tcp", ip, remote)])
-		require.Equal(t, kept, result.tool(toolTap).Source[sourceKey("udp", ip, remote)])
+	for _, tool := range []string{toolTap, toolFdbased} {
+		require.Equal(t, 1500, result.tool(tool).MTU)
+		require.NotEmpty(t, result.tool(tool).Argv)
+		share, ok := result.summary(tcpRow, tool, unitTapShare)
+		require.True(t, ok)
+		require.Greater(t, share.Mid, 99.0, "the payload is on the tap of %s", tool)
 	}
-	require.Equal(t, 1500, result.tool(toolFdbased).MTU)
+	held, ok := result.summary("Idle/conns=1000", toolTap, unitHeld)
+	require.True(t, ok)
+	require.Equal(t, 1000.0, held.Mid)
+	rss, ok := result.summary("Start", toolTap, unitRSS)
+	require.True(t, ok)
+	require.Greater(t, rss.Mid, 1.0)
 }

@@ -28,7 +28,8 @@ func measure(o *options) (*Result, error) {
 		return nil, err
 	}
 	defer os.RemoveAll(tmp)
-	if err := build(tmp); err != nil {
+	env, err := build(tmp)
+	if err != nil {
 		return nil, err
 	}
 	result := &Result{Machine: machine(o)}
@@ -37,7 +38,7 @@ func measure(o *options) (*Result, error) {
 		result.Rows = append(result.Rows, r.Row)
 		lab.Rows = append(lab.Rows, r.Name)
 	}
-	proc, out, err := startLab(lab)
+	proc, out, err := startLab(lab, env)
 	if err != nil {
 		return nil, err
 	}
@@ -73,8 +74,9 @@ func (r *Result) complete() error {
 const module = "github.com/gofwd/gofwd"
 
 // build compiles gofwd and fdbased into dir, unless the environment names
-// other ones.
-func build(dir string) error {
+// other ones, and returns an environment that names them.
+func build(dir string) ([]string, error) {
+	environ := os.Environ()
 	for env, pkg := range map[string]string{"GOFWD": module + "/cmd/gofwd", "FDBASED": module + "/bench/fdbased"} {
 		if os.Getenv(env) != "" {
 			continue
@@ -83,16 +85,16 @@ func build(dir string) error {
 		cmd := exec.Command("go", "build", "-trimpath", "-o", path, pkg)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("build %s (run this from its source, or set %s=): %w\n%s", pkg, env, err, out)
+			return nil, fmt.Errorf("build %s (run this from its source, or set %s=): %w\n%s", pkg, env, err, out)
 		}
-		os.Setenv(env, path)
+		environ = append(environ, env+"="+path)
 	}
-	return nil
+	return environ, nil
 }
 
 // startLab starts this program once more as root of a user namespace, with
 // subordinate ids where there are any: RootlessKit wants them.
-func startLab(o order) (*os.Process, *os.File, error) {
+func startLab(o order, env []string) (*os.Process, *os.File, error) {
 	liftFileLimit()
 	text, err := json.Marshal(o)
 	if err != nil {
@@ -108,6 +110,7 @@ func startLab(o order) (*os.Process, *os.File, error) {
 		MapAuto:   true,
 		NewNS:     unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWIPC,
 		Args:      []string{os.Args[0], "lab", string(text)},
+		Env:       env,
 		Files:     []*os.File{nil, write, os.Stderr},
 		Pdeathsig: unix.SIGTERM,
 	}
