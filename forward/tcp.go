@@ -105,20 +105,27 @@ func (e *tcpEngine) retarget(from, to *activeRule) {
 
 // unlisten closes the listeners of rule; its connections go on.
 func (e *tcpEngine) unlisten(rule *activeRule) {
-	e.listenersOf(rule, func(l *tcpListener) {
-		delete(e.listeners, l)
-		l.Close()
-	})
+	e.closeListeners(rule, func(*tcpListener) bool { return true })
 }
 
 // unlistenPort closes the listeners of one port of rule.
 func (e *tcpEngine) unlistenPort(rule *activeRule, port uint16) {
+	e.closeListeners(rule, func(l *tcpListener) bool { return l.to.Load().port == port })
+}
+
+// closeListeners closes those listeners of rule that are chosen. To close one is
+// to wait for its accept loop, which must not keep others waiting.
+func (e *tcpEngine) closeListeners(rule *activeRule, chosen func(*tcpListener) bool) {
+	var listeners []*tcpListener
 	e.listenersOf(rule, func(l *tcpListener) {
-		if l.to.Load().port == port {
+		if chosen(l) {
 			delete(e.listeners, l)
-			l.Close()
+			listeners = append(listeners, l)
 		}
 	})
+	for _, l := range listeners {
+		l.Close()
+	}
 }
 
 // endRelays ends the connections of rule with RST.

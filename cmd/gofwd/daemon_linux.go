@@ -100,9 +100,10 @@ func (o *options) goBackground(argv []string) error {
 
 // The options of one gofwd process to another, which nobody else gives.
 const (
-	innerOption      = "--inner"
-	innerNetNSOption = "--inner-netns"
-	detachedFDOption = "--detached-fd"
+	innerOption       = "--inner"
+	innerNetNSOption  = "--inner-netns"
+	innerSocketOption = "--inner-socket"
+	detachedFDOption  = "--detached-fd"
 )
 
 // again returns the command line argv with own options before the user's.

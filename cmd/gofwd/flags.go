@@ -56,9 +56,10 @@ type options struct {
 
 	// Of one gofwd process to another, see outer_linux.go and
 	// daemon_linux.go.
-	inner      bool
-	innerNetNS string
-	detachedFD int
+	inner        bool
+	innerNetNS   string
+	innerSockets []string
+	detachedFD   int
 }
 
 // flagSection is a group of flags under a title, as --help and the man page
@@ -80,7 +81,7 @@ func (o *options) addTo(cmd *cobra.Command, own *pflag.FlagSet) {
 	cmd.Flags().SortFlags = false
 	// What follows the first argument is COMMAND's.
 	cmd.Flags().SetInterspersed(false)
-	for _, hidden := range []string{"inner", "inner-netns", "detached-fd"} {
+	for _, hidden := range []string{"inner", "inner-netns", "inner-socket", "detached-fd"} {
 		_ = cmd.Flags().MarkHidden(hidden)
 	}
 	completeWords(cmd, "datapath", "auto", "tap", "kernel")
@@ -134,6 +135,7 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 	process.StringVar(&o.logFormat, "log-format", "text", "`text|json`: how to log")
 	process.BoolVar(&o.inner, "inner", false, "")
 	process.StringVar(&o.innerNetNS, "inner-netns", "", "")
+	process.StringArrayVar(&o.innerSockets, "inner-socket", nil, "")
 	process.IntVar(&o.detachedFD, "detached-fd", -1, "")
 
 	return []flagSection{

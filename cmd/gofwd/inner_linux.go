@@ -36,7 +36,8 @@ type inner struct {
 	control *net.UnixListener
 	capture io.Writer // nil without --pcap
 	ns      *netnsutil.NS
-	own     chan os.Signal // that this process got, if it is one of its own
+	sockets []forward.Socket // that systemd passed
+	own     chan os.Signal   // that this process got, if it is one of its own
 
 	// Set by start.
 	forwarder *forward.Forwarder
@@ -61,12 +62,19 @@ func newInner(o *options) (*inner, error) {
 		}
 		files[what] = f
 	}
-	if err := closeInheritedOnExec(); err != nil {
-		return nil, err
-	}
 	i := &inner{opts: o, log: o.logger()}
+	for n, name := range o.innerSockets {
+		f, err := inheritedFD("inner socket", firstInnerFD+len(want)+n)
+		if err != nil {
+			return nil, err
+		}
+		i.sockets = append(i.sockets, forward.Socket{Name: name, File: f})
+	}
 	if f := files["capture"]; f != nil {
 		i.capture = f
+	}
+	if err := closeInheritedOnExec(); err != nil {
+		return nil, err
 	}
 	// The descriptor's flags came with it: it does not block, and so the
 	// runtime can wait for it together with everything else.
@@ -116,7 +124,7 @@ func (i *inner) start(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	cfg := i.opts.config
-	cfg.NetNS, cfg.Capture, cfg.Logger = i.ns, i.capture, i.log
+	cfg.NetNS, cfg.Capture, cfg.Sockets, cfg.Logger = i.ns, i.capture, i.sockets, i.log
 	f, err := forward.Start(ctx, cfg)
 	for end := time.Now().Add(i.opts.retryPorts); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(end); {
 		time.Sleep(retryInterval)

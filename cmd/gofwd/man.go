@@ -30,21 +30,16 @@ func manPage(root *cobra.Command) string {
 	m.macro("SH", "NAME")
 	m.line(root.Name() + " - " + root.Short)
 	m.macro("SH", "SYNOPSIS")
-	for _, cmd := range root.Commands() {
-		if !cmd.IsAvailableCommand() {
-			continue
-		}
-		m.macro("SY", "gofwd "+cmd.Name())
-		m.line(strings.TrimPrefix(cmd.Use, cmd.Name()+" "))
+	for _, cmd := range verbs(root) {
+		m.macro("SY", cmd.CommandPath())
+		m.line(strings.TrimSpace(strings.TrimPrefix(cmd.Use, cmd.Name())))
 		m.macro("YS")
 	}
 	m.macro("SH", "DESCRIPTION")
 	m.paragraphs(root.Long)
 	m.macro("SH", "COMMANDS")
-	for _, cmd := range root.Commands() {
-		if cmd.IsAvailableCommand() {
-			m.command(cmd)
-		}
+	for _, cmd := range verbs(root) {
+		m.command(cmd)
 	}
 	m.macro("SH", "OPTIONS OF RUN AND ATTACH")
 	run, _, _ := root.Find([]string{"run"})
@@ -65,6 +60,16 @@ func manPage(root *cobra.Command) string {
 	return m.String()
 }
 
+// verbs returns the commands below cmd, with those below them.
+func verbs(cmd *cobra.Command) (all []*cobra.Command) {
+	for _, sub := range cmd.Commands() {
+		if sub.IsAvailableCommand() {
+			all = append(append(all, sub), verbs(sub)...)
+		}
+	}
+	return all
+}
+
 var exitStatuses = [][2]string{
 	{"0", "success; attach: the namespace is gone, or gofwd was told to end."},
 	{"1", "a failure, which one line on standard error describes."},
@@ -77,7 +82,7 @@ var exitStatuses = [][2]string{
 type manWriter struct{ strings.Builder }
 
 func (m *manWriter) command(cmd *cobra.Command) {
-	m.macro("SS", "gofwd "+cmd.Use)
+	m.macro("SS", usageLine(cmd))
 	text := cmd.Long
 	if text == "" {
 		text = strings.ToUpper(cmd.Short[:1]) + cmd.Short[1:] + "."

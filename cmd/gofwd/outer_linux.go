@@ -66,7 +66,7 @@ type busyPort struct {
 
 // firstInnerFD is the first descriptor that a spawned inner process takes over:
 // the link, the control socket, the capture if there is --pcap, and attach's
-// namespace.
+// namespace, and the sockets that systemd passed.
 const firstInnerFD = 3
 
 // forwardedSignals are passed to inner, and by it to COMMAND. The rest is left
@@ -83,12 +83,13 @@ type outer struct {
 
 	control  *net.UnixListener
 	socket   ownFile
-	capture  *os.File // nil without --pcap
-	pid      *pidFile // nil without --pid-file
-	readyFD  *os.File // nil without --ready-fd
-	exitFD   *os.File // nil without --exit-fd
-	detached *os.File // nil without --detach
-	notify   string   // $NOTIFY_SOCKET
+	capture  *os.File         // nil without --pcap
+	pid      *pidFile         // nil without --pid-file
+	readyFD  *os.File         // nil without --ready-fd
+	exitFD   *os.File         // nil without --exit-fd
+	detached *os.File         // nil without --detach
+	notify   string           // $NOTIFY_SOCKET
+	sockets  []forward.Socket // that systemd passed
 }
 
 // openOuter opens everything, or nothing. hint is what to name the instance
@@ -113,6 +114,9 @@ func openOuter(o *options, argv []string, hint string) (_ *outer, err error) {
 		if *in.file, err = inheritedFD(in.option, in.fd); err != nil {
 			return nil, err
 		}
+	}
+	if u.sockets, err = takeListenFDs(); err != nil {
+		return nil, err
 	}
 	if err := closeInheritedOnExec(); err != nil {
 		return nil, err
@@ -146,6 +150,9 @@ func (u *outer) close() {
 		if f != nil {
 			f.Close()
 		}
+	}
+	for _, s := range u.sockets {
+		s.File.Close()
 	}
 }
 
@@ -186,7 +193,12 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 		defer f.Close()
 		cfg.Files = append(cfg.Files, f)
 	}
-	cfg.Args = u.opts.again(u.argv, innerOption, innerNetNSOption+"="+path)
+	again := []string{innerOption, innerNetNSOption + "=" + path}
+	for _, s := range u.sockets {
+		cfg.Files = append(cfg.Files, s.File)
+		again = append(again, innerSocketOption+"="+s.Name)
+	}
+	cfg.Args = u.opts.again(u.argv, again...)
 	proc, err := netnsutil.Spawn(cfg)
 	if err != nil {
 		ours.Close()
@@ -335,7 +347,7 @@ func (u *outer) serveHere(ctx context.Context, ns *netnsutil.NS) (*inside, error
 		return nil, err
 	}
 	in := &inside{link: ours, done: make(chan error, 1)}
-	i := &inner{opts: u.opts, log: u.log, link: theirs, control: u.control, ns: ns}
+	i := &inner{opts: u.opts, log: u.log, link: theirs, control: u.control, ns: ns, sockets: u.sockets}
 	if u.capture != nil {
 		i.capture = u.capture
 	}

@@ -131,6 +131,8 @@ func (p *pasta) takeOwn(args []string) []string {
 			p.o.inner = true
 		case innerNetNSOption:
 			p.o.innerNetNS = value
+		case innerSocketOption:
+			p.o.innerSockets = append(p.o.innerSockets, value)
 		case detachedFDOption:
 			fd, err := strconv.Atoi(value)
 			if err != nil {

@@ -27,9 +27,9 @@ type instanceStatus struct {
 }
 
 func newStatusCommand() *cobra.Command {
-	var asJSON bool
+	var asJSON, watch bool
 	cmd := &cobra.Command{
-		Use:   "status [--json] [NAME]",
+		Use:   "status [--json|--watch] [NAME]",
 		Short: "show what runs",
 		Long: `Show the instances of gofwd that run, or the one called NAME: their forwards, the
 path that connections take and why, how many there are, and how many bytes went
@@ -49,44 +49,25 @@ in and out.`,
 			if len(args) > 0 {
 				name = args[0]
 			}
+			if watch && asJSON {
+				return usagef(cmd, "--json and --watch exclude each other")
+			}
+			if watch {
+				return (&watcher{name: name}).watch(cmd.Context(), cmd.OutOrStdout())
+			}
 			return showStatus(cmd.Context(), cmd.OutOrStdout(), name, asJSON)
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON: an array, or with NAME an object")
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show rates too, again and again until ^C: in place on a terminal")
 	return cmd
 }
 
 func showStatus(ctx context.Context, w io.Writer, name string, asJSON bool) error {
-	dir, err := runtimeDir()
-	if err != nil {
-		return err
-	}
-	names := []string{name}
-	if name == "" {
-		if names, err = instanceNames(dir); err != nil {
-			return err
-		}
-	}
-	all := []instanceStatus{}
-	for _, n := range names {
-		socket := filepath.Join(dir, n+socketSuffix)
-		s, err := queryStatus(ctx, socket)
-		if isNobodyThere(err) {
-			if err := removeStale(socket); err != nil {
-				return err
-			}
-		}
-		switch {
-		case err == nil:
-			s.Name = n
-			all = append(all, s)
-		case !isNobodyThere(err) && !isEnding(err):
-			return fmt.Errorf("ask %s for its status: %w", n, err)
-		case name != "":
-			return &hintedError{fmt.Errorf("no gofwd named %q runs", name), "gofwd status lists those that do"}
-		}
-	}
+	all, err := findInstances(ctx, name)
 	switch {
+	case err != nil:
+		return err
 	case asJSON && name != "":
 		return printJSON(w, all[0])
 	case asJSON:
@@ -99,6 +80,40 @@ func showStatus(ctx context.Context, w io.Writer, name string, asJSON bool) erro
 		s.print(w)
 	}
 	return nil
+}
+
+// findInstances asks the instance called name, or all if that is "".
+func findInstances(ctx context.Context, name string) ([]instanceStatus, error) {
+	dir, err := runtimeDir()
+	if err != nil {
+		return nil, err
+	}
+	names := []string{name}
+	if name == "" {
+		if names, err = instanceNames(dir); err != nil {
+			return nil, err
+		}
+	}
+	all := []instanceStatus{}
+	for _, n := range names {
+		socket := filepath.Join(dir, n+socketSuffix)
+		s, err := queryStatus(ctx, socket)
+		if isNobodyThere(err) {
+			if err := removeStale(socket); err != nil {
+				return nil, err
+			}
+		}
+		switch {
+		case err == nil:
+			s.Name = n
+			all = append(all, s)
+		case !isNobodyThere(err) && !isEnding(err):
+			return nil, fmt.Errorf("ask %s for its status: %w", n, err)
+		case name != "":
+			return nil, &hintedError{fmt.Errorf("no gofwd named %q runs", name), "gofwd status lists those that do"}
+		}
+	}
+	return all, nil
 }
 
 // instanceNames lists the sockets of a runtime directory.
@@ -170,15 +185,8 @@ func (s *instanceStatus) print(w io.Writer) {
 		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(t, "  FORWARD\tBOUND\tPATH\tACTIVE\tTOTAL\tIN\tOUT\tWHY")
 		for _, r := range s.Rules {
-			bound := "-"
-			if len(r.Bound) > 0 {
-				bound = r.Bound[0].String()
-			}
-			if n := len(r.Bound); n > 1 {
-				bound += fmt.Sprintf(" and %d more", n-1)
-			}
-			fmt.Fprintf(t, "  %s\t%s\t%s\t%d\t%d\t%s\t%s\t%s\n", r.Rule, bound, r.Path,
-				r.Active, r.Total, byteSize(r.BytesIn), byteSize(r.BytesOut), r.Reason)
+			fmt.Fprintf(t, "  %s\t%s\t%s\t%d\t%d\t%s\t%s\t%s\n", r.Rule, boundText(r), r.Path,
+				r.Active, r.Total, byteSize(r.BytesIn), byteSize(r.BytesOut), whyText(r))
 		}
 		t.Flush()
 	}
