@@ -45,6 +45,9 @@ type Config struct {
 	// HostLoopbackToNSLoopback sends connections from the host's loopback
 	// to the namespace's loopback, with 127.0.0.1 or ::1 as their source.
 	HostLoopbackToNSLoopback bool
+	// InboundOnly is for a namespace that has a network: there is no tap,
+	// Network is of no matter, and what comes in takes the kernel path.
+	InboundOnly bool
 	// IgnoreGone keeps the Forwarder running when the path of NetNS leads to
 	// it no longer.
 	IgnoreGone bool
@@ -115,6 +118,7 @@ type Forwarder struct {
 	tcp         *tcpEngine
 	udp         *udpEngine // nil if NoUDP
 	ping        *pinger    // nil if NoICMP
+	inbound     *inboundNS // nil without InboundOnly
 
 	ctx   context.Context // ends with Close
 	close context.CancelFunc
@@ -151,6 +155,12 @@ func (f *Forwarder) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if f.cfg.InboundOnly {
+		if err := f.startInbound(); err != nil {
+			return err
+		}
+		return f.startRules(ctx, rules)
+	}
 	if f.plan, err = planNetwork(f.cfg.Network, f.readHost()); err != nil {
 		return err
 	}
@@ -161,6 +171,11 @@ func (f *Forwarder) start(ctx context.Context) error {
 	if err := f.startStack(&addrs, dns); err != nil {
 		return err
 	}
+	return f.startRules(ctx, rules)
+}
+
+// startRules binds the first rules.
+func (f *Forwarder) startRules(ctx context.Context, rules []Rule) error {
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("start forwarding: %w", err)
 	}
@@ -168,7 +183,7 @@ func (f *Forwarder) start(ctx context.Context) error {
 		binder: binder{ns: f.cfg.NetNS, sockets: f.cfg.Sockets, noIPv4: f.cfg.Network.NoIPv4, noIPv6: f.cfg.Network.NoIPv6},
 		paths:  f.paths, tcp: f.tcp, udp: f.udp, noTCP: f.cfg.NoTCP, log: f.log, events: &f.events,
 	}
-	_, err = f.rules.change(Change{Add: rules})
+	_, err := f.rules.change(Change{Add: rules})
 	return err
 }
 
@@ -312,6 +327,11 @@ func (f *Forwarder) shutdown() {
 	}
 	if f.stopCapture != nil {
 		f.stopCapture() // after the last frame
+	}
+	if f.inbound != nil {
+		if err := f.inbound.path.Close(); err != nil {
+			f.log.Warn("the namespace is not as it was", "err", err)
+		}
 	}
 	f.events.close()
 }

@@ -13,12 +13,13 @@ import (
 //
 // All addresses in it are unmapped and without zone.
 type hostMap struct {
-	guest    []netip.Addr   // the container's own
-	gateways []netip.Addr   // ours: nothing listens there
-	dns      []netip.Addr   // ours: the way to the host's nameservers
-	alias    []netip.Addr   // the host's main address, as the container knows it
-	loopback []netip.Addr   // the host's loopback, as the container knows it
-	private  []netip.Prefix // nets that we invented: only the container and we are there
+	guest    []netip.Addr        // the container's own
+	guests   func() []netip.Addr // the same where it changes; nil where not
+	gateways []netip.Addr        // ours: nothing listens there
+	dns      []netip.Addr        // ours: the way to the host's nameservers
+	alias    []netip.Addr        // the host's main address, as the container knows it
+	loopback []netip.Addr        // the host's loopback, as the container knows it
+	private  []netip.Prefix      // nets that we invented: only the container and we are there
 
 	// loopbackToLoopback makes clients on the host's loopback clients on
 	// the namespace's.
@@ -63,7 +64,7 @@ func (m *hostMap) source(client netip.AddrPort, target netip.Addr) netip.AddrPor
 	switch {
 	case addr.IsLoopback() && m.loopbackToLoopback && target.IsLoopback():
 		addr = loopbackOf(target.Is4())
-	case addr.IsLoopback(), addr.Is4() != target.Is4(), slices.Contains(m.guest, addr):
+	case addr.IsLoopback(), addr.Is4() != target.Is4(), slices.Contains(m.ownAddrs(), addr):
 		addr = m.aliasOf(target.Is4())
 	}
 	return netip.AddrPortFrom(addr, client.Port())
@@ -86,8 +87,16 @@ func (m *hostMap) aliasOf(is4 bool) netip.Addr {
 // guestOf returns the container's address of a family, the zero Addr if it has
 // none.
 func (m *hostMap) guestOf(is4 bool) netip.Addr {
-	a, _ := ofFamily(m.guest, is4)
+	a, _ := ofFamily(m.ownAddrs(), is4)
 	return a
+}
+
+// ownAddrs returns the container's own addresses.
+func (m *hostMap) ownAddrs() []netip.Addr {
+	if m.guests != nil {
+		return m.guests()
+	}
+	return m.guest
 }
 
 // destination returns where on the host's side a flow to dst, as the container

@@ -67,6 +67,9 @@ type udpConfig struct {
 	// to cross the tap, bound to src, the address that dst is to see. A nil
 	// socket, and a nil Inside, is the tap. The engine closes the socket.
 	Inside func(src, dst netip.AddrPort) (*net.UDPConn, error)
+	// Released is told when a flow with such a socket has ended; src is that of
+	// Inside. It must not block, or call the engine. Nil tells nobody.
+	Released func(src netip.Addr)
 	// LoopbackInside sends clients on the host's loopback to the namespace's,
 	// unless their rule says where to; Inside is then required.
 	LoopbackInside bool
@@ -239,6 +242,13 @@ func (e *udpEngine) unlisten(rule *activeRule) {
 	}
 }
 
+// endFlows ends those flows for which end says so.
+func (e *udpEngine) endFlows(end func(*flow) bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.flows.removeAll(end)
+}
+
 // unlistenPort is unlisten for one port of rule.
 func (e *udpEngine) unlistenPort(rule *activeRule, port uint16) {
 	e.mu.Lock()
@@ -361,6 +371,9 @@ func (e *udpEngine) removed(f *flow) {
 			continue
 		}
 		if s.flows--; s.flows == 0 && s.rule == nil {
+			if s.inside && e.cfg.Released != nil {
+				e.cfg.Released(f.peer.Addr())
+			}
 			e.closeSocketLocked(s)
 		}
 	}

@@ -127,12 +127,25 @@ func mainRoutes(family int) ([]hostRoute, error) {
 	return routes, nil
 }
 
+// Addrs returns the addresses of all interfaces in ns, as [LocalAddrs] does for
+// the host.
+func (ns *NS) Addrs() (prefixes []netip.Prefix, err error) {
+	err = ns.Do(func() error {
+		prefixes, err = LocalAddrs()
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("network namespace %s: %w", ns, err)
+	}
+	return prefixes, nil
+}
+
 // LocalAddrs returns the addresses of all of the host's interfaces, loopback and
 // link-local ones included.
 func LocalAddrs() ([]netip.Prefix, error) {
 	addrs, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, unix.AF_UNSPEC) })
 	if err != nil {
-		return nil, fmt.Errorf("read the host's addresses: %w", err)
+		return nil, fmt.Errorf("read addresses: %w", err)
 	}
 	prefixes := make([]netip.Prefix, 0, len(addrs))
 	for _, a := range addrs {

@@ -10,7 +10,6 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
 
@@ -117,7 +116,13 @@ func (k *KernelPath) open() (err error) {
 	if err := k.own(); err != nil {
 		return err
 	}
-	if k.h, err = netlink.NewHandleAt(netns.NsHandle(k.ns.Fd()), unix.NETLINK_ROUTE); err != nil {
+	// Not netlink.NewHandleAt, which leaves the thread in the namespace when it
+	// may not go back.
+	err = k.ns.Do(func() (err error) {
+		k.h, err = netlink.NewHandle(unix.NETLINK_ROUTE)
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("open netlink: %w", err)
 	}
 	// One lasting connection: later, the process may not enter the

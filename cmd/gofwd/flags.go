@@ -47,9 +47,7 @@ type options struct {
 	netNSOnly bool      // join no user namespace
 	logTo     io.Writer // nil: standard error
 	noVerb    bool      // options follow the program's name at once
-	// retryPorts is for how long busy ports are tried again: Podman starts
-	// the next helper of a container while the last one has yet to see that
-	// its namespace is gone.
+	// retryPorts is for how long busy ports are tried again.
 	retryPorts time.Duration
 
 	told bool // set when somebody told us to end

@@ -85,13 +85,16 @@ func (s *containerState) attachArgs() ([]string, error) {
 	if s.PID <= 0 || s.ID == "" {
 		return nil, fmt.Errorf("container %q has no process yet: the hook is for the stage createRuntime", s.ID)
 	}
-	args := []string{"attach", "--detach", "--quiet", "--name", toName(s.ID[:min(12, len(s.ID))]),
+	args := []string{"attach", "--detach", "--quiet", "--name", toName(shortID(s.ID)),
 		"--netns", fmt.Sprintf("/proc/%d/ns/net", s.PID)}
 	for _, p := range ports {
 		args = append(args, "-p", p)
 	}
 	return args, nil
 }
+
+// shortID is a container's id as Podman shows it.
+func shortID(id string) string { return id[:min(12, len(id))] }
 
 // logHook writes why the hook failed to where the documentation says.
 func logHook(err error) {

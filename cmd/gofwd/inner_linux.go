@@ -125,11 +125,7 @@ func (i *inner) start(ctx context.Context) error {
 	defer cancel()
 	cfg := i.opts.config
 	cfg.NetNS, cfg.Capture, cfg.Sockets, cfg.Logger = i.ns, i.capture, i.sockets, i.log
-	f, err := forward.Start(ctx, cfg)
-	for end := time.Now().Add(i.opts.retryPorts); errors.Is(err, unix.EADDRINUSE) && time.Now().Before(end); {
-		time.Sleep(retryInterval)
-		f, err = forward.Start(ctx, cfg)
-	}
+	f, err := startRetrying(ctx, cfg, i.opts.retryPorts)
 	var onRule *forward.Error
 	if errors.As(err, &onRule) && errors.Is(err, unix.EADDRINUSE) && i.spawned() {
 		i.tell(message{Busy: &busyPort{onRule.Op, onRule.Rule}})
@@ -146,6 +142,22 @@ func (i *inner) start(ctx context.Context) error {
 		printChosen(os.Stdout, f.Status())
 	}
 	return nil
+}
+
+// podmanRetry is for how long busy ports are tried again on behalf of Podman: it
+// starts the next helper of a container while the last one has yet to see that its
+// namespace is gone.
+const podmanRetry = time.Second
+
+// startRetrying is [forward.Start], tried again for a while as long as a port is
+// busy.
+func startRetrying(ctx context.Context, cfg forward.Config, patience time.Duration) (*forward.Forwarder, error) {
+	for end := time.Now().Add(patience); ; time.Sleep(retryInterval) {
+		f, err := forward.Start(ctx, cfg)
+		if !errors.Is(err, unix.EADDRINUSE) || time.Now().After(end) {
+			return f, err
+		}
+	}
 }
 
 func (i *inner) waitForwarder() { i.ended <- i.forwarder.Wait() }

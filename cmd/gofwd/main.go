@@ -27,6 +27,8 @@ func dispatch(argv []string) int {
 	// options and ends in the same functions as ours.
 	case "pasta":
 		return executePasta(argv)
+	case "rootlessport":
+		return executeRootlessport(argv)
 	default:
 		return execute(argv)
 	}

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/gofwd/gofwd/forward"
 	"github.com/gofwd/gofwd/netnsutil"
@@ -116,7 +115,7 @@ func newPasta() *pasta {
 			config:   forward.Config{Datapath: forward.Auto, Network: forward.Network{MTU: pastaMTU}},
 			logLevel: "info", logFormat: "text",
 			readyFD: -1, exitFD: -1, detachedFD: -1, noVerb: true,
-			retryPorts: time.Second,
+			retryPorts: podmanRetry,
 		},
 		logSize: 1 << 20,
 	}

@@ -124,7 +124,7 @@ func runRootlessport(stdin io.Reader) error {
 	if r.exit, err = inheritedFD("ExitFD", cfg.ExitFD); err != nil {
 		return err
 	}
-	if err := closeInherited(cfg.ReadyFD, cfg.ExitFD); err != nil {
+	if err := closeInherited(); err != nil {
 		return err
 	}
 	ns, err := netnsutil.Open(cfg.NetNSPath)
@@ -261,16 +261,16 @@ func (r *rootlessport) serveOne(c net.Conn) error {
 	return r.forwarder.Refresh()
 }
 
-// closeInherited closes all descriptors above 2 but those named and our own:
+// closeInherited closes all descriptors above 2 that are not ours, see inheritedFD:
 // whoever started Podman may have leaked his.
-func closeInherited(keep ...int) error {
+func closeInherited() error {
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return fmt.Errorf("list descriptors: %w", err)
 	}
 	for _, e := range entries {
 		var fd int
-		if _, err := fmt.Sscan(e.Name(), &fd); err != nil || fd <= 2 || contains(keep, fd) {
+		if _, err := fmt.Sscan(e.Name(), &fd); err != nil || fd <= 2 {
 			continue
 		}
 		// Those that Go has opened have FD_CLOEXEC, what came through
