@@ -1,0 +1,65 @@
+package forward
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// A container on a bridge sees its clients' addresses, without a tap, over TCP and
+// UDP, and has everything as it was afterwards.
+func TestForwarderInboundOnly(t *testing.T) {
+	remote := newLAN(t)
+	ns := newNS(t)
+	const guest4, guest6, later4 = "10.89.0.2", "fd00:89::2", "10.90.0.3"
+	within(t, ns, func() {
+		ip(t, "link set lo up")
+		ip(t, "link add eth0 type veth peer name eth1")
+		ip(t, "link set eth0 up")
+		ip(t, "link set eth1 up")
+		ip(t, "addr add "+guest4+"/24 dev eth0")
+		ip(t, "addr add "+guest6+"/64 dev eth0 nodad")
+		ip(t, "route add default via 10.89.0.1")
+		ip(t, "-6 route add default via fd00:89::1")
+	})
+	port := tellPeer(t, ns, ":0")
+	ports := PortRange{port, port}
+	f, _ := start(t, Config{NetNS: ns, InboundOnly: true, Rules: []Rule{
+		{Proto: TCP, TargetPorts: ports}, {Proto: UDP, TargetPorts: ports},
+	}})
+	test := func(network, dst, source string) {
+		t.Helper()
+		from := remote
+		if netip.MustParseAddr(dst).IsLoopback() {
+			from = nil
+		}
+		rule := f.Status().Rules[0]
+		if network == "udp" {
+			rule = f.Status().Rules[1]
+		}
+		require.Equal(t, Kernel, rule.Path)
+		answer, local, err := ask(t, from, network, at(dst, rule.Bound[0].Port()))
+		require.NoError(t, err, "%s %s", network, dst)
+		seen := netip.MustParseAddrPort(answer)
+		require.Equal(t, netip.MustParseAddr(source), seen.Addr().Unmap(), "%s %s", network, dst)
+		require.Equal(t, local.Port(), seen.Port())
+	}
+	for _, network := range []string{"tcp", "udp"} {
+		test(network, host4, remote4)
+		test(network, host6, remote6)
+		test(network, "127.0.0.1", defaultAlias4.String())
+		test(network, "::1", defaultAlias6.String())
+	}
+
+	// As podman network connect and disconnect do.
+	within(t, ns, func() {
+		ip(t, "addr add "+later4+"/24 dev eth0")
+		ip(t, "addr del "+guest4+"/24 dev eth0")
+	})
+	require.NoError(t, f.Refresh())
+	for _, network := range []string{"tcp", "udp"} {
+		test(network, host4, remote4)
+	}
+	require.NoError(t, f.Close())
+}
