@@ -380,7 +380,8 @@ func withVerdict(standings []standing, v verdict) []standing {
 }
 
 // blocks returns the Markdown of the result by the names that a README refers
-// to: "summary", "source", "tools", "machine", "charts", and each group.
+// to: "machine", "summary", "charts", "source", "tools", each group, and "tables",
+// which is all groups, the sources and the tools.
 func (r *Result) blocks(charts []chartFile, dir string) map[string]string {
 	blocks := map[string]string{
 		"summary": r.summaryBlock(),
@@ -388,12 +389,17 @@ func (r *Result) blocks(charts []chartFile, dir string) map[string]string {
 		"tools":   r.toolTable().markdown(),
 		"machine": r.Machine.describe() + "\n",
 	}
+	var b strings.Builder
 	for _, g := range groups {
 		if len(r.rowsOf(g)) > 0 {
 			blocks[g] = r.groupTable(g).markdown()
+			b.WriteString(folded(groupTitles[g], blocks[g]))
 		}
 	}
-	var b strings.Builder
+	b.WriteString(folded("What the server sees of its client", blocks["source"]))
+	b.WriteString(folded("The tools", blocks["tools"]))
+	blocks["tables"] = b.String()
+	b.Reset()
 	for _, c := range charts {
 		fmt.Fprintf(&b, "![%s](%s/%s)\n", c.title, dir, c.name)
 	}
@@ -406,10 +412,8 @@ func (r *Result) page(charts []chartFile) string {
 	blocks := r.blocks(charts, ".")
 	var b strings.Builder
 	fmt.Fprintf(&b, "# gofwd beside its peers, %s\n\nMade by `go run ./bench`; its documentation has the method.\n", r.Machine.Date.Format("2 January 2006"))
-	for _, name := range slices.Concat([]string{"machine", "summary", "charts"}, groups, []string{"source", "tools"}) {
-		if block := blocks[name]; block != "" {
-			b.WriteString("\n" + block)
-		}
+	for _, name := range []string{"machine", "summary", "charts", "tables"} {
+		b.WriteString("\n" + blocks[name])
 	}
 	return b.String()
 }
@@ -428,9 +432,14 @@ func (r *Result) summaryBlock() string {
 			fmt.Fprintf(&b, "**%s: %d of %d rows** (a ratio above 1 says that gofwd is better)\n\n%s\n", v.title, len(some), len(standings), md)
 			continue
 		}
-		fmt.Fprintf(&b, "<details><summary><b>%s: %d of %d rows</b></summary>\n\n%s\n</details>\n\n", v.title, len(some), len(standings), md)
+		b.WriteString(folded(fmt.Sprintf("%s: %d of %d rows", v.title, len(some), len(standings)), md))
 	}
 	return b.String()
+}
+
+// folded is Markdown that shows its text when its title is clicked on.
+func folded(title, text string) string {
+	return fmt.Sprintf("<details><summary><b>%s</b></summary>\n\n%s\n</details>\n\n", title, text)
 }
 
 // writeBench writes the samples as text that benchstat reads; try
