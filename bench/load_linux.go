@@ -51,6 +51,8 @@ func load(args []string) error {
 		values, err = connectRequestResponse(addr, d, numbers[0])
 	case "udp":
 		values, err = floodUDP(addr, d, numbers[0], max(1, numbers[1]))
+	case "flows":
+		values, err = oneShotFlows(addr, numbers[0])
 	case "idle":
 		return holdIdle(addr, numbers[0])
 	default:
@@ -193,6 +195,42 @@ func holdIdle(addr string, n int) error {
 	wg.Wait()
 	fmt.Printf("held %d\n", held.Load())
 	_, err := io.Copy(io.Discard, os.Stdin)
+	return err
+}
+
+// oneShotFlows asks one question each from n ports, as a burst of DNS queries
+// does, and counts the answers.
+func oneShotFlows(addr string, n int) (map[string]float64, error) {
+	var next, answered atomic.Int64
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			for next.Add(1) <= int64(n) {
+				if askOnce(addr) == nil {
+					answered.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return map[string]float64{unitAnswered: float64(answered.Load())}, nil
+}
+
+// askOnce is one UDP flow with one datagram each way.
+func askOnce(addr string) error {
+	conn, err := net.Dial("udp", addr)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
+		return err
+	}
+	buf := []byte{askEcho}
+	if _, err := conn.Write(buf); err != nil {
+		return err
+	}
+	_, err = conn.Read(buf)
 	return err
 }
 

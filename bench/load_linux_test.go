@@ -83,6 +83,7 @@ func TestLoads(t *testing.T) {
 		{"tcprr", func() (map[string]float64, error) { return requestResponse("tcp", tcp, d) }, []string{unitRate, unitP50, unitP99, unitP999}},
 		{"udprr", func() (map[string]float64, error) { return requestResponse("udp", udp, d) }, []string{unitRate, unitP50, unitP99, unitP999}},
 		{"crr", func() (map[string]float64, error) { return connectRequestResponse(tcp, d, 4) }, []string{unitConns, unitP50}},
+		{"flows", func() (map[string]float64, error) { return oneShotFlows(udp, 20) }, []string{unitAnswered}},
 		{"udp", func() (map[string]float64, error) { return floodUDP(udp, d, 512, 1) }, []string{unitBlastPPS}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

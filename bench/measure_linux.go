@@ -351,6 +351,24 @@ func idle(n int) measurement {
 	}
 }
 
+// flows makes n UDP flows of one datagram each way, and looks at what is kept of
+// them.
+func flows(w way, n int) measurement {
+	m := ours("flows", w, 4, n)
+	load := m.run
+	m.run = func(ctx context.Context, s *site, seconds float64) (outcome, error) {
+		got, err := load(ctx, s, seconds)
+		if err != nil {
+			return outcome{}, err
+		}
+		time.Sleep(settle)
+		u, err := s.usage()
+		got.values[unitRSS] = float64(u.rss) / 1e6
+		return got, err
+	}
+	return m
+}
+
 // life looks at a tool that has just been started for this sample: how long
 // that took, how large it is, and how long it takes to publish one more port.
 func life() measurement {

@@ -324,5 +324,12 @@ func lifeAndMemory() []row {
 		r.measure = idle(n)
 		rows = append(rows, r)
 	}
-	return rows
+	burst := base
+	burst.way, burst.proto = outside, "udp"
+	burst.Row = Row{
+		Name: "OneShotFlows/way=outside/flows=50000", Group: groupLife, Units: []string{unitRSS, unitAnswered},
+		Title: "after 50,000 UDP flows of one datagram each way, container → outside",
+	}
+	burst.measure = flows(outside, 50_000)
+	return append(rows, burst)
 }

@@ -112,6 +112,7 @@ const (
 	unitTapShare    = "tap-%"     // bytes on the container's interface, of the payload
 	unitRSS         = "MB-RSS"    // resident memory of the tool's processes
 	unitHeld        = "conn-held" // idle connections that were held open
+	unitAnswered    = "answered"  // UDP flows that got their answer
 	unitStart       = "ms-start"  // from exec to the first byte answered
 	unitAdd         = "ms-add"    // from the command to the first byte answered
 	unitFailed      = "failed"
