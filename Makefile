@@ -81,18 +81,26 @@ vuln: ## known vulnerabilities in what gofwd uses; asks a database on the Intern
 .PHONY: vuln
 
 # Results, and what the README shows of them. An ordinary user is as good as
-# root; see bench/doc.go for the peers that it measures beside gofwd.
+# root. Peers that are missing are left out, except by bench-readme.
+bench-run = PATH="$(CURDIR)/bin/pasta/bin:$(CURDIR)/bin:$$PATH" go run ./bench
+
 bench: ## gofwd beside its peers, everything: takes an hour
-	go run ./bench -out dist/bench
+	$(bench-run) -out dist/bench
 .PHONY: bench
 
 bench-quick: ## a first impression, in under two minutes
-	go run ./bench -quick
+	$(bench-run) -quick
 .PHONY: bench-quick
 
 bench-readme: ## everything, with every peer, into bench/results and the README
-	go run ./bench -all -out auto -readme README.md
+	$(bench-run) -all -out auto -readme README.md
 .PHONY: bench-readme
+
+bench-peers: ## the peers that Debian does not have, or not the newest of, into bin/
+	bench/pasta.sh bin/pasta
+	GOBIN=$(CURDIR)/bin go install github.com/rootless-containers/rootlesskit/v3/cmd/rootlesskit@v3.3.0
+	GOBIN=$(CURDIR)/bin go install github.com/rootless-containers/rootlesskit/v3/cmd/rootlessctl@v3.3.0
+.PHONY: bench-peers
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 18

@@ -9,7 +9,8 @@
 //
 // It needs neither root nor a set-up: it starts itself once more as root of a
 // user namespace, and measures there. A tool that is not installed is left out,
-// with the reason. bench/pasta.sh fetches the newest pasta.
+// with the reason. What it can use: Debian's iperf3, wrk, nginx-light, slirp4netns,
+// systemd and uidmap, and pasta and RootlessKit as "make bench-peers" fetches them.
 //
 // # The lab
 //
@@ -38,6 +39,8 @@
 //   - Idle connections: each has carried one byte. Memory is the resident set
 //     of the tool's processes; kernel memory is not in it. RootlessKit's
 //     includes the 1.5 MB of the sleep(1) that it must run.
+//   - One-shot flows: 50,000 ports ask one datagram each, as a burst of DNS
+//     queries does; then memory is read. An answer after 20 ms is lost.
 //   - Start: from exec to the first byte that is answered through the tool,
 //     by connecting again every half millisecond. RootlessKit makes its
 //     container itself, so that its start includes that, and the server's.

@@ -203,7 +203,7 @@ func holdIdle(addr string, n int) error {
 func oneShotFlows(addr string, n int) (map[string]float64, error) {
 	var next, answered atomic.Int64
 	var wg sync.WaitGroup
-	for range 16 {
+	for range 64 {
 		wg.Go(func() {
 			for next.Add(1) <= int64(n) {
 				if askOnce(addr) == nil {
@@ -216,14 +216,15 @@ func oneShotFlows(addr string, n int) (map[string]float64, error) {
 	return map[string]float64{unitAnswered: float64(answered.Load())}, nil
 }
 
-// askOnce is one UDP flow with one datagram each way.
+// askOnce is one UDP flow with one datagram each way. An answer that takes longer
+// than 20 ms counts as lost.
 func askOnce(addr string) error {
 	conn, err := net.Dial("udp", addr)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(200 * time.Millisecond)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(20 * time.Millisecond)); err != nil {
 		return err
 	}
 	buf := []byte{askEcho}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"os/exec"
 	"strconv"
 )
 
@@ -50,4 +51,16 @@ func (g gofwd) start(ctx context.Context, s *site) error {
 	}
 	argv = append(argv, "-T", ports(outTCP), "-U", ports(outUDP))
 	return s.startHelper(s.host, nil, nil, argv...)
+}
+
+func (g gofwd) addPort(ctx context.Context, s *site, port int) error {
+	path, err := g.path()
+	if err != nil {
+		return err
+	}
+	out, err := exec.CommandContext(ctx, path, "ports", "add", "--name", s.container.name, fmt.Sprintf("%d:%d", port, port)).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("gofwd ports add: %w: %s", err, out)
+	}
+	return nil
 }
