@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -82,7 +83,7 @@ func furnish() error {
 	if err := os.Setenv("XDG_RUNTIME_DIR", "/run"); err != nil {
 		return err
 	}
-	if err := os.WriteFile("/run/subid", []byte("root:1:65535\n"), 0o444); err != nil {
+	if err := os.WriteFile("/run/subid", fmt.Appendf(nil, "root:1:%d\n", subordinateIDs()), 0o444); err != nil {
 		return err
 	}
 	for _, path := range []string{"/etc/subuid", "/etc/subgid"} {
@@ -94,6 +95,17 @@ func furnish() error {
 		}
 	}
 	return nil
+}
+
+// subordinateIDs returns how many ids the lab's user namespace has beside root,
+// 0 where the user who started the run has none (subuid(5)).
+func subordinateIDs() (n int) {
+	// The second line of the map: 1, the first id outside, their number.
+	data, _ := os.ReadFile("/proc/self/uid_map")
+	if fields := strings.Fields(string(data)); len(fields) >= 6 {
+		n, _ = strconv.Atoi(fields[5])
+	}
+	return n
 }
 
 // findTools keeps the tools that are there, and says of the others why not.

@@ -36,12 +36,7 @@ func (r rootlesskit) find() (string, error) {
 	if _, err := exec.LookPath("newuidmap"); err != nil {
 		return "", fmt.Errorf("rootlesskit needs newuidmap(1): %w", err)
 	}
-	// The lab has the ids that it was given when it started, see startLab.
-	ids, err := os.ReadFile("/proc/self/uid_map")
-	if err != nil {
-		return "", err
-	}
-	if len(strings.Fields(string(ids))) < 6 {
+	if subordinateIDs() == 0 {
 		return "", errors.New("rootlesskit needs subordinate ids for the user who starts the run (subuid(5))")
 	}
 	return firstLine(path, "--version")

@@ -77,9 +77,11 @@ func allTools() []tool {
 	}
 }
 
-// isSubject, isPeer: everything else is there for reference.
+// isSubject says whether a column is gofwd.
 func isSubject(tool string) bool { return strings.HasPrefix(tool, "gofwd") }
 
+// isPeer says whether a column is a tool that does gofwd's work; the others are
+// there for reference.
 func isPeer(tool string) bool {
 	return !isSubject(tool) && tool != toolNative && tool != toolFdbased
 }
