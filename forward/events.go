@@ -107,10 +107,8 @@ func (h *eventHub) forward(what EventType, r *activeRule) {
 }
 
 // flow tells of a TCP flow, if anybody listens.
-func (h *eventHub) flow(what EventType, r *relay) {
+func (h *eventHub) flow(what EventType, f Flow) {
 	if h.n.Load() > 0 {
-		f := r.flow
-		f.BytesIn, f.BytesOut = r.in, r.out
 		h.publish(Event{Time: time.Now(), Type: what, Flow: &f})
 	}
 }

@@ -55,7 +55,7 @@ func (e *tcpEngine) flows() []Flow {
 		flows[i] = r.flow
 		flows[i].ask(r.outer)
 	}
-	return flows
+	return append(flows, e.splicer.flows()...)
 }
 
 // ask fills in what the kernel knows of the host's end of the flow.
@@ -64,9 +64,12 @@ func (f *Flow) ask(outer flowConn) {
 	if !ok {
 		return
 	}
-	var info *unix.TCPInfo
-	err := raw.Control(func(fd uintptr) { info, _ = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) })
-	if err != nil || info == nil {
+	_ = raw.Control(func(fd uintptr) { f.askFD(int(fd)) })
+}
+
+func (f *Flow) askFD(outer int) {
+	info, err := unix.GetsockoptTCPInfo(outer, unix.IPPROTO_TCP, unix.TCP_INFO)
+	if err != nil {
 		return // it has just ended, or is no TCP socket
 	}
 	f.BytesIn = int64(info.Bytes_received)

@@ -54,7 +54,8 @@ type Config struct {
 	// NoTCP, NoUDP and NoICMP forward nothing of that protocol.
 	NoTCP, NoUDP, NoICMP bool
 	// Capture, if not nil, is written every frame on the tap, in pcap
-	// format. An error of it stops the capture, never the traffic.
+	// format. An error of it stops the capture, never the traffic. So that
+	// TCP is on the tap, Auto means Tap then.
 	Capture io.Writer
 	// Logger takes what an operator must know, and at debug level every
 	// connection; nil discards it.
@@ -113,6 +114,7 @@ type Forwarder struct {
 	notes   []string
 	started time.Time
 
+	kernel      *kernelPath // nil without
 	stack       *stack.Stack
 	stopCapture func() // nil without
 	tcp         *tcpEngine
@@ -190,9 +192,7 @@ func (f *Forwarder) startRules(ctx context.Context, rules []Rule) error {
 // checkRules returns the rules that are to run, or says why they can't.
 func (f *Forwarder) checkRules() ([]Rule, error) {
 	switch f.cfg.Datapath {
-	case "", Auto, Tap:
-	case Kernel:
-		return nil, fmt.Errorf("start forwarding: the kernel path is not there yet: %w", errors.ErrUnsupported)
+	case "", Auto, Tap, Kernel:
 	default:
 		return nil, fmt.Errorf("start forwarding: datapath %q is none of auto, tap and kernel", f.cfg.Datapath)
 	}
@@ -238,9 +238,10 @@ func (f *Forwarder) startStack(addrs *hostMap, dns *nameservers) error {
 	if err != nil {
 		return err
 	}
-	f.paths = &paths{addrs: addrs, noKernel: "the kernel path is not there yet"}
-	if f.cfg.Datapath == Tap {
-		f.paths.noKernel = "the tap path was asked for"
+	f.paths = &paths{addrs: addrs}
+	if err := f.openKernel(); err != nil {
+		dev.Close()
+		return err
 	}
 	cfg := stack.Config{Device: dev, GuestMAC: f.plan.link.HardwareAddr, Guest: addrs.guest, Logger: f.log}
 	// The callbacks run as soon as there is a stack, which the engines write
@@ -268,12 +269,71 @@ func (f *Forwarder) startStack(addrs *hostMap, dns *nameservers) error {
 	return f.cfg.NetNS.Configure(f.plan.link)
 }
 
+// openKernel makes the kernel path, where it may be and can be had.
+func (f *Forwarder) openKernel() error {
+	if f.cfg.NoTCP {
+		f.paths.noKernel = "TCP is switched off"
+		return nil
+	}
+	if f.cfg.Datapath == Tap {
+		f.paths.noKernel = "the tap path was asked for"
+		return nil
+	}
+	if f.cfg.Capture != nil && f.cfg.Datapath != Kernel {
+		f.paths.noKernel = "a capture sees only what crosses the tap"
+		return nil
+	}
+	err := f.cfg.NetNS.Configure(netnsutil.Link{}) // loopback, which all of it goes over
+	if err == nil {
+		f.kernel, err = openKernelPath(f.cfg.NetNS)
+	}
+	switch {
+	case err == nil:
+		f.paths.kernel = f.kernel.dialer
+	case f.cfg.Datapath == Kernel:
+		return err
+	default:
+		f.paths.noKernel = err.Error()
+	}
+	return nil
+}
+
+// holdSYNs lets what the container begins take the kernel path, too.
+func (f *Forwarder) holdSYNs() (err error) {
+	if f.kernel == nil {
+		return nil
+	}
+	f.tcp.held, err = newHeldSYNs(f.tcp, f.cfg.NetNS, f.kernel.KernelPath, f.plan.link.Name)
+	if err == nil {
+		return nil
+	}
+	if f.cfg.Datapath == Kernel {
+		return err
+	}
+	f.notes = append(f.notes, "connections that the container begins take the tap path: "+err.Error())
+	// Without the rules that divert them, the replies of a server that sets a
+	// mark of its own leave by the default route.
+	f.paths.markOf = f.kernel.markOf
+	return nil
+}
+
 // startEngines starts what the stack's callbacks lead to.
 func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 	local := localDialer{f.cfg.NetNS}
 	f.paths.tap, f.paths.local = tapDialer{f.stack}, local
-	f.tcp = newTCPEngine(f.paths, dns, f.log)
+	ns := f.cfg.NetNS
+	if f.kernel == nil {
+		ns = nil
+	}
+	splicer, err := newSplicer(ns)
+	if err != nil {
+		return err
+	}
+	f.tcp = newTCPEngine(f.paths, dns, splicer, f.log)
 	f.tcp.events = &f.events
+	if err := f.holdSYNs(); err != nil {
+		return err
+	}
 	if !f.cfg.NoICMP {
 		f.ping = newPinger(addrs, f.stack, f.log)
 	}
@@ -315,6 +375,11 @@ func (f *Forwarder) run() {
 func (f *Forwarder) shutdown() {
 	if f.tcp != nil {
 		f.tcp.close()
+	}
+	if f.kernel != nil {
+		if err := f.kernel.close(); err != nil {
+			f.log.Warn("the namespace is not as it was", "err", err)
+		}
 	}
 	if f.udp != nil {
 		f.udp.close()

@@ -56,6 +56,13 @@ func start(t *testing.T, cfg Config) (*Forwarder, *netnsutil.NS) {
 	return f, cfg.NetNS
 }
 
+// onBothPaths runs a test with each of the two paths.
+func onBothPaths(t *testing.T, test func(*testing.T, Datapath)) {
+	for _, path := range []Datapath{Tap, Kernel} {
+		t.Run(string(path), func(t *testing.T) { test(t, path) })
+	}
+}
+
 // within runs fn in a namespace; nil is the tests' own.
 func within(t *testing.T, ns *netnsutil.NS, fn func()) {
 	t.Helper()
@@ -134,12 +141,15 @@ func ask(t *testing.T, ns *netnsutil.NS, network, dst string) (answer string, lo
 }
 
 // The table of hostMap.source, as a server in the container sees it.
-func TestForwarderSource(t *testing.T) {
+func TestForwarderSource(t *testing.T) { onBothPaths(t, testForwarderSource) }
+
+func testForwarderSource(t *testing.T, path Datapath) {
 	remote := newLAN(t)
 	ns := newNS(t)
 	port := tellPeer(t, ns, ":0")
-	f, _ := start(t, Config{NetNS: ns, Rules: forEach(Rule{Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}})})
-	require.Equal(t, Tap, f.Status().Rules[0].Path)
+	f, _ := start(t, Config{Datapath: path, NetNS: ns, Rules: forEach(Rule{Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}})})
+	require.Equal(t, path, f.Status().Rules[0].Path)
+	require.Equal(t, Tap, f.Status().Rules[1].Path, "UDP")
 
 	for _, proto := range []string{"tcp", "udp"} {
 		for _, tt := range []struct {
@@ -173,10 +183,12 @@ func TestForwarderSource(t *testing.T) {
 
 // With --host-lo-to-ns-lo a client on the host's loopback is one on the
 // namespace's. The server here has IPv4 only; an IPv6 client finds it all the same.
-func TestForwarderLoopbackToLoopback(t *testing.T) {
+func TestForwarderLoopbackToLoopback(t *testing.T) { onBothPaths(t, testForwarderLoopbackToLoopback) }
+
+func testForwarderLoopbackToLoopback(t *testing.T, path Datapath) {
 	ns := newNS(t)
 	port := tellPeer(t, ns, "127.0.0.1:0")
-	_, _ = start(t, Config{NetNS: ns, HostLoopbackToNSLoopback: true, Rules: forEach(Rule{
+	_, _ = start(t, Config{Datapath: path, NetNS: ns, HostLoopbackToNSLoopback: true, Rules: forEach(Rule{
 		Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port},
 	})})
 	for _, tt := range []struct{ proto, dst string }{
@@ -189,7 +201,9 @@ func TestForwarderLoopbackToLoopback(t *testing.T) {
 }
 
 // A server of the other family is reached, and sees the alias of its own.
-func TestForwarderOtherFamily(t *testing.T) {
+func TestForwarderOtherFamily(t *testing.T) { onBothPaths(t, testForwarderOtherFamily) }
+
+func testForwarderOtherFamily(t *testing.T, path Datapath) {
 	remote := newLAN(t)
 	ns := newNS(t)
 	for _, tt := range []struct{ listen, dst, want, problem string }{
@@ -197,7 +211,7 @@ func TestForwarderOtherFamily(t *testing.T) {
 		{"[::]:0", host4, "fd67:6f66:7764::1", "IPv4 clients are seen as fd67:6f66:7764::1: the server has no IPv4"},
 	} {
 		port := tellPeer(t, ns, tt.listen)
-		f, _ := start(t, Config{NetNS: ns, Rules: []Rule{{
+		f, _ := start(t, Config{Datapath: path, NetNS: ns, Rules: []Rule{{
 			Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port},
 		}}})
 		got, local, err := ask(t, remote, "tcp", net.JoinHostPort(tt.dst, "8080"))
@@ -210,8 +224,10 @@ func TestForwarderOtherFamily(t *testing.T) {
 
 // A closed port in the container resets the client at once: refusing is not
 // possible any more.
-func TestForwarderClosedPort(t *testing.T) {
-	start(t, Config{Rules: []Rule{{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{9, 9}}}})
+func TestForwarderClosedPort(t *testing.T) { onBothPaths(t, testForwarderClosedPort) }
+
+func testForwarderClosedPort(t *testing.T, path Datapath) {
+	start(t, Config{Datapath: path, Rules: []Rule{{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{9, 9}}}})
 	begin := time.Now()
 	_, _, err := ask(t, nil, "tcp", "127.0.0.1:8080")
 	require.ErrorIs(t, err, syscall.ECONNRESET)
@@ -219,7 +235,9 @@ func TestForwarderClosedPort(t *testing.T) {
 }
 
 // What the container's connect(2) says is what the host's would have said.
-func TestForwarderOutbound(t *testing.T) {
+func TestForwarderOutbound(t *testing.T) { onBothPaths(t, testForwarderOutbound) }
+
+func testForwarderOutbound(t *testing.T, path Datapath) {
 	remote := newLAN(t)
 	ip(t, "route add blackhole 198.51.100.1")
 	ip(t, "route add prohibit 198.51.100.2")
@@ -232,7 +250,7 @@ func TestForwarderOutbound(t *testing.T) {
 	port := tellPeer(t, remote, ":0")
 	hostPort := tellPeer(t, nil, ":0")
 	onLoopback := tellPeer(t, nil, "127.0.0.1:0")
-	f, ns := start(t, Config{Network: Network{MapHostLoopback: addrs("169.254.1.9")}})
+	f, ns := start(t, Config{Datapath: path, Network: Network{MapHostLoopback: addrs("169.254.1.9")}})
 
 	for _, tt := range []struct {
 		name, proto, dst string
@@ -275,7 +293,9 @@ func TestForwarderOutbound(t *testing.T) {
 
 // DNS goes to the host's nameserver, wherever that is, and follows resolv.conf.
 // A nameserver that is out of order is passed over.
-func TestForwarderDNS(t *testing.T) {
+func TestForwarderDNS(t *testing.T) { onBothPaths(t, testForwarderDNS) }
+
+func testForwarderDNS(t *testing.T, path Datapath) {
 	newLAN(t)
 	ip(t, "route add blackhole 198.51.100.1")
 	t.Cleanup(func() { ip(t, "route del blackhole 198.51.100.1") })
@@ -285,7 +305,7 @@ func TestForwarderDNS(t *testing.T) {
 	require.NoError(t, unix.Mount(file, resolvConf, "", unix.MS_BIND, ""))
 	t.Cleanup(func() { require.NoError(t, unix.Unmount(resolvConf, unix.MNT_DETACH)) })
 	tellPeer(t, nil, "127.0.0.53:53")
-	_, ns := start(t, Config{})
+	_, ns := start(t, Config{Datapath: path})
 
 	for _, dst := range []string{"10.0.2.3:53", "[fd67:6f66:7764::3]:53"} {
 		for _, proto := range []string{"tcp", "udp"} {
@@ -332,9 +352,11 @@ func TestForwarderDNS(t *testing.T) {
 }
 
 // -T and -U: the container's loopback leads to the host's.
-func TestForwarderOut(t *testing.T) {
+func TestForwarderOut(t *testing.T) { onBothPaths(t, testForwarderOut) }
+
+func testForwarderOut(t *testing.T, path Datapath) {
 	port := tellPeer(t, nil, "127.0.0.1:0")
-	f, ns := start(t, Config{Rules: forEach(Rule{
+	f, ns := start(t, Config{Datapath: path, Rules: forEach(Rule{
 		Dir: Out, Ports: PortRange{7070, 7070}, TargetPorts: PortRange{port, port},
 	})})
 	for _, proto := range []string{"tcp", "udp"} {
@@ -347,19 +369,23 @@ func TestForwarderOut(t *testing.T) {
 	require.Equal(t, "127.0.0.1", netip.MustParseAddrPort(got).Addr().String())
 	require.NoError(t, f.Close())
 
-	start(t, Config{NetNS: ns, Rules: []Rule{{Dir: Out, Proto: TCP, Ports: PortRange{7071, 7071}, TargetPorts: PortRange{9, 9}}}})
+	start(t, Config{Datapath: path, NetNS: ns, Rules: []Rule{{Dir: Out, Proto: TCP, Ports: PortRange{7071, 7071}, TargetPorts: PortRange{9, 9}}}})
 	_, _, err = ask(t, ns, "tcp", "127.0.0.1:7071")
 	require.ErrorIs(t, err, syscall.ECONNRESET)
 }
 
 // After an error nothing is left: no tap, no listener, no goroutine.
 func TestForwarderStartsWholeOrNotAtAll(t *testing.T) {
+	onBothPaths(t, testForwarderStartsWholeOrNotAtAll)
+}
+
+func testForwarderStartsWholeOrNotAtAll(t *testing.T, path Datapath) {
 	ns := newNS(t)
 	taken, err := net.Listen("tcp", "127.0.0.1:8081")
 	require.NoError(t, err)
 	defer taken.Close()
 	others := goleak.IgnoreCurrent()
-	_, err = Start(t.Context(), Config{NetNS: ns, Rules: []Rule{
+	_, err = Start(t.Context(), Config{Datapath: path, NetNS: ns, Rules: []Rule{
 		{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{80, 80}},
 		{Proto: TCP, Ports: PortRange{8081, 8081}, TargetPorts: PortRange{80, 80}},
 	}})
@@ -373,13 +399,15 @@ func TestForwarderStartsWholeOrNotAtAll(t *testing.T) {
 		require.Error(t, err)
 	})
 	goleak.VerifyNone(t, others)
-	start(t, Config{NetNS: ns}) // and all is free
+	start(t, Config{Datapath: path, NetNS: ns}) // and all is free
 }
 
-func TestForwarderClose(t *testing.T) {
+func TestForwarderClose(t *testing.T) { onBothPaths(t, testForwarderClose) }
+
+func testForwarderClose(t *testing.T, path Datapath) {
 	ns := newNS(t)
 	port := tellPeer(t, ns, ":0")
-	f, _ := start(t, Config{NetNS: ns, Rules: []Rule{{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}}}})
+	f, _ := start(t, Config{Datapath: path, NetNS: ns, Rules: []Rule{{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}}}})
 	require.NoError(t, f.Close())
 	require.NoError(t, f.Close())
 	require.NoError(t, f.Wait())
@@ -388,7 +416,9 @@ func TestForwarderClose(t *testing.T) {
 	require.Len(t, f.Status().Rules, 1) // the last state stays
 }
 
-func TestForwarderNamespaceGone(t *testing.T) {
+func TestForwarderNamespaceGone(t *testing.T) { onBothPaths(t, testForwarderNamespaceGone) }
+
+func testForwarderNamespaceGone(t *testing.T, path Datapath) {
 	file := filepath.Join(t.TempDir(), "ns")
 	require.NoError(t, os.WriteFile(file, nil, 0o600))
 	made := newNS(t)
@@ -396,7 +426,7 @@ func TestForwarderNamespaceGone(t *testing.T) {
 	ns, err := netnsutil.Open(file)
 	require.NoError(t, err)
 	defer ns.Close()
-	f, _ := start(t, Config{NetNS: ns})
+	f, _ := start(t, Config{Datapath: path, NetNS: ns})
 	require.NoError(t, unix.Unmount(file, unix.MNT_DETACH))
 	require.NoError(t, os.Remove(file))
 	begin := time.Now()
@@ -405,12 +435,14 @@ func TestForwarderNamespaceGone(t *testing.T) {
 }
 
 // The container has the host's addresses and routes; the host is its alias.
-func TestForwarderCopyHost(t *testing.T) {
+func TestForwarderCopyHost(t *testing.T) { onBothPaths(t, testForwarderCopyHost) }
+
+func testForwarderCopyHost(t *testing.T, path Datapath) {
 	remote := newLAN(t)
 	port := tellPeer(t, remote, ":0")
 	ns := newNS(t)
 	inside := tellPeer(t, ns, ":0")
-	f, _ := start(t, Config{NetNS: ns, Network: Network{CopyHost: true}, Rules: []Rule{
+	f, _ := start(t, Config{Datapath: path, NetNS: ns, Network: Network{CopyHost: true}, Rules: []Rule{
 		{Proto: TCP, Ports: PortRange{8080, 8080}, TargetPorts: PortRange{inside, inside}},
 	}})
 	require.Equal(t, []netip.Prefix{netip.MustParsePrefix(host4 + "/24"), netip.MustParsePrefix(host6 + "/64")}, f.Status().Addrs)

@@ -28,6 +28,10 @@ func (e *tcpEngine) idleLoop(rule *activeRule) {
 	}
 }
 
+// watchesIdle reports whether idleLoop looks after the connections of r; nil is no
+// rule. Those are relayed where it finds them.
+func (r *activeRule) watchesIdle() bool { return r != nil && r.rule.Idle != 0 }
+
 // relaysOf returns the connections of rule.
 func (e *tcpEngine) relaysOf(rule *activeRule) (relays []*relay) {
 	e.mu.Lock()

@@ -199,8 +199,12 @@ func (f *Forwarder) startInbound() error {
 	}
 	f.plan = &networkPlan{link: netnsutil.Link{Addrs: prefixes}, addrs: *addrs}
 	kernel := nsDialer{ns: f.cfg.NetNS, mark: in.path.Mark()}
-	f.paths = &paths{addrs: addrs, kernel: kernel, local: in.local, tap: aliasDialer{kernel, addrs}}
-	f.tcp = newTCPEngine(f.paths, dns, f.log)
+	f.paths = &paths{addrs: addrs, kernel: kernel, local: in.local, tap: aliasDialer{kernel, addrs}, noTap: true}
+	splicer, err := newSplicer(f.cfg.NetNS)
+	if err != nil {
+		return err
+	}
+	f.tcp = newTCPEngine(f.paths, dns, splicer, f.log)
 	f.tcp.events = &f.events
 	if f.cfg.NoUDP {
 		return nil

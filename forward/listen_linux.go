@@ -345,12 +345,21 @@ func (l *boundListener) prepare(fd int) error {
 
 // prepareTCP sets what accepted sockets inherit from a listener.
 func prepareTCP(fd int) error {
-	return setOptions(fd, []option{
+	return setOptions(fd, append(keepAliveOptions(), option{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1}))
+}
+
+// keepAliveOptions are those of keepAlive. TCP_USER_TIMEOUT is not among them: it
+// would also end the connections of clients that are there but read nothing for
+// as long (tcp_probe_timer in net/ipv4/tcp_timer.c), which no network does. A dead
+// peer that owes us an acknowledgement is given up after tcp_retries2, some 15
+// minutes.
+func keepAliveOptions() []option {
+	return []option{
 		{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1},
 		{unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, int(keepAlive.Idle.Seconds())},
 		{unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, int(keepAlive.Interval.Seconds())},
 		{unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count},
-	})
+	}
 }
 
 // ifindex returns the index that an interface of the host has now, 0 if there is

@@ -123,7 +123,7 @@ func connectPlain(dst netip.AddrPort) (fd int, err error) {
 
 // beginConnect is connect(2) of a non-blocking socket.
 func beginConnect(fd int, dst netip.AddrPort) error {
-	if err := unix.Connect(fd, toSockaddr(dst)); err != nil && err != unix.EINPROGRESS { //nolint:errorlint // a bare errno
+	if err := unix.Connect(fd, toSockaddr(dst)); err != nil && err != unix.EINPROGRESS {
 		return os.NewSyscallError("connect", err)
 	}
 	return nil

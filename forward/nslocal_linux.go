@@ -32,33 +32,19 @@ func (d localDialer) DialTCP(ctx context.Context, _, dst netip.AddrPort) (flowCo
 }
 
 func (d localDialer) dial(ctx context.Context, dst netip.AddrPort) (*net.TCPConn, error) {
-	family := unix.AF_INET6
-	if dst.Addr().Is4() {
-		family = unix.AF_INET
-	}
 	var fd int
 	err := d.ns.Do(func() (err error) {
-		fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
-		return os.NewSyscallError("socket", err)
+		fd, err = d.connect(netip.AddrPort{}, dst)
+		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	file := os.NewFile(uintptr(fd), "tcp")
-	defer file.Close() // net.FileConn duplicates
-	err = unix.Connect(fd, toSockaddr(dst))
-	if errors.Is(err, unix.EINPROGRESS) {
-		err = awaitConnect(ctx, file)
-	}
-	if err != nil {
-		return nil, os.NewSyscallError("connect", err)
-	}
-	c, err := net.FileConn(file)
-	if err != nil {
-		return nil, err
-	}
-	return c.(*net.TCPConn), nil
+	return awaitConn(ctx, fd)
 }
+
+// connect begins to connect a socket, on a thread in the namespace.
+func (localDialer) connect(_, dst netip.AddrPort) (fd int, err error) { return connectPlain(dst) }
 
 // awaitConnect waits until the connect(2) under way on a socket has ended.
 func awaitConnect(ctx context.Context, file *os.File) error {

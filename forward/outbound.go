@@ -16,14 +16,15 @@ import (
 type request struct {
 	src, dst netip.AddrPort
 	ctx      context.Context
-	accept   func(context.Context) (flowConn, error)
+	accept   func(context.Context) (flowConn, error) // on the tap path
+	release  func() error                            // on the kernel path
 	reject   func(error)
 }
 
 // fromNamespace is the stack's callback for TCP.
 func (e *tcpEngine) fromNamespace(r *stack.TCPRequest) {
 	e.serveRequest(request{
-		src: r.Src, dst: r.Dst, ctx: r.Context(), reject: r.Reject,
+		src: r.Src, dst: r.Dst, ctx: r.Context(), reject: r.Reject, release: r.Release,
 		accept: func(ctx context.Context) (flowConn, error) {
 			c, err := r.Accept(ctx)
 			if err != nil {
@@ -42,6 +43,10 @@ func (e *tcpEngine) serveRequest(r request) {
 		return
 	}
 	defer e.wg.Done()
+	if e.held != nil {
+		e.held.serve(r)
+		return
+	}
 	e.outbound.begin()
 	defer e.outbound.end()
 	ctx, cancel := context.WithCancel(r.ctx)

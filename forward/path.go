@@ -3,8 +3,10 @@ package forward
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"syscall"
 
 	"github.com/gofwd/gofwd/stack"
@@ -39,12 +41,19 @@ func (d tapDialer) DialTCP(ctx context.Context, src, dst netip.AddrPort) (flowCo
 // paths are the ways into the namespace, and the choice between them.
 type paths struct {
 	addrs *hostMap
-	// tap is the stack at the far end of the tap.
-	tap dialer
+	// tap is the stack at the far end of the tap. With noTap there is none,
+	// and tap is for the clients that kernel can't serve as they are.
+	tap   dialer
+	noTap bool
 	// kernel is transparent sockets in the namespace; nil where there can
 	// be none, and noKernel says why.
 	kernel   dialer
 	noKernel string
+	// markOf returns the mark (SO_MARK) of the server that listens at an
+	// address in the namespace, 0 if it has none; nil where it makes no
+	// difference. See netnsutil.SockDiag.
+	markOf func(netip.AddrPort) uint32
+	marked markedServers
 	// local is ordinary sockets in the namespace, for its loopback: no
 	// packet to or from 127.0.0.1 may cross the tap. It takes no source.
 	local dialer
@@ -81,14 +90,48 @@ func (p *paths) routes(rule Rule, client netip.AddrPort, port uint16) []route {
 		switch {
 		case target.IsLoopback():
 			r.path, r.dialer = Kernel, p.local
-		case p.kernel != nil && !hasScope(r.src.Addr()):
+		case p.kernelReaches(r):
 			r.path, r.dialer = Kernel, p.kernel
+		case p.tap == nil:
+			continue
 		default:
 			r.path, r.dialer = Tap, p.tap
+			if p.noTap {
+				r.path = Kernel
+			}
 		}
 		routes = append(routes, r)
 	}
 	return routes
+}
+
+// kernelReaches reports whether the kernel path is one for a route. What is marked
+// stays in the namespace, so it leads only to the namespace's own addresses.
+func (p *paths) kernelReaches(r route) bool {
+	return p.kernel != nil && slices.Contains(p.addrs.ownAddrs(), r.dst.Addr()) &&
+		!hasScope(r.src.Addr()) &&
+		!(p.tap != nil && p.marked.has(r.dst, p.markOf))
+}
+
+// serverHasMark is asked when the server at the end of a kernel route does not
+// answer. If it sets a mark, the reason is noted with the rule, and with a tap
+// the next route to it is that.
+func (p *paths) serverHasMark(rule *activeRule, r route) bool {
+	if p.markOf == nil || r.dst.Addr().IsLoopback() {
+		return false
+	}
+	mark := p.markOf(r.dst)
+	if mark == 0 {
+		return false
+	}
+	reason := fmt.Sprintf("the server on port %d sets a mark of its own (SO_MARK %#x)", r.dst.Port(), mark)
+	if p.tap == nil {
+		rule.setPath(Kernel, reason+", so that no reply comes back, and there is no tap")
+		return false
+	}
+	p.marked.add(r.dst)
+	rule.setPath(Tap, reason)
+	return true
 }
 
 // hasScope reports whether addr means something only together with the link that
@@ -101,10 +144,14 @@ func (p *paths) describe(rule Rule) (Datapath, string) {
 	switch {
 	case rule.Dir == Out:
 		return Kernel, ""
+	case rule.Proto == UDP && !p.noTap:
+		return Tap, ""
 	case rule.Target.IsValid() && rule.Target.Unmap().IsLoopback():
 		return Kernel, "the namespace's loopback sees every client as " + loopbackOf(rule.Target.Unmap().Is4()).String()
 	case p.kernel == nil:
 		return Tap, p.noKernel
+	case rule.Target.IsValid() && !slices.Contains(p.addrs.ownAddrs(), rule.Target.Unmap()):
+		return Tap, rule.Target.String() + " is not an address of the container itself"
 	}
 	return Kernel, ""
 }

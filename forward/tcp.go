@@ -3,6 +3,7 @@ package forward
 import (
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -24,6 +25,8 @@ type tcpEngine struct {
 	dns   *nameservers
 	// dialHost connects to dst in the host's namespace.
 	dialHost func(ctx context.Context, dst netip.AddrPort) (flowConn, error)
+	splicer  *splicer
+	held     *heldSYNs // nil if what the container begins takes the tap
 	log      *slog.Logger
 	events   *eventHub
 	outbound flowCounters // of connections that no rule made
@@ -39,9 +42,10 @@ type tcpEngine struct {
 	relays    map[*relay]struct{}
 }
 
-func newTCPEngine(p *paths, dns *nameservers, log *slog.Logger) *tcpEngine {
+// newTCPEngine returns an engine that owns the splicer.
+func newTCPEngine(p *paths, dns *nameservers, s *splicer, log *slog.Logger) *tcpEngine {
 	e := &tcpEngine{
-		paths: p, dns: dns, dialHost: dialHostTCP, log: log, events: new(eventHub),
+		paths: p, dns: dns, dialHost: dialHostTCP, splicer: s, log: log, events: new(eventHub),
 		listeners: make(map[*tcpListener]struct{}), relays: make(map[*relay]struct{}),
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
@@ -57,8 +61,15 @@ type streamListener interface {
 
 // tcpListener is one port that is listened on, and where it leads.
 type tcpListener struct {
-	streamListener
+	tcpSocket
 	to atomic.Pointer[tcpTarget]
+}
+
+// tcpSocket is a [*net.TCPListener], or an [*acceptor].
+type tcpSocket interface {
+	io.Closer
+	syscall.Conn
+	Addr() net.Addr
 }
 
 // tcpTarget is one port of a rule.
@@ -70,7 +81,7 @@ type tcpTarget struct {
 // listen accepts connections from ln, which the engine owns, until unlisten or
 // close.
 func (e *tcpEngine) listen(ln streamListener, rule *activeRule, port uint16) {
-	l := &tcpListener{streamListener: ln}
+	l := &tcpListener{tcpSocket: ln}
 	l.to.Store(&tcpTarget{rule, port})
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -79,8 +90,14 @@ func (e *tcpEngine) listen(ln streamListener, rule *activeRule, port uint16) {
 		return
 	}
 	e.listeners[l] = struct{}{}
+	if tcp, ok := ln.(*net.TCPListener); ok && rule.rule.Dir == In && e.paths.kernel != nil {
+		if a, err := newAcceptor(e, tcp, &l.to); err == nil {
+			l.tcpSocket = a
+			return
+		}
+	}
 	e.wg.Add(1)
-	go e.acceptLoop(l)
+	go e.acceptLoop(l, ln)
 }
 
 // listenersOf calls fn for each listener of rule.
@@ -133,16 +150,17 @@ func (e *tcpEngine) endRelays(rule *activeRule) {
 	for _, r := range e.relaysOf(rule) {
 		r.abort(endRemoved)
 	}
+	e.splicer.abort(func(f *splicedFlow) bool { return f.rule == rule }, endRemoved)
 }
 
 // acceptLoop accepts until the listener is closed. No other error ends it: what
 // accept(2) reports is either about one connection or passes.
-func (e *tcpEngine) acceptLoop(l *tcpListener) {
+func (e *tcpEngine) acceptLoop(l *tcpListener, ln streamListener) {
 	defer e.wg.Done()
 	const minDelay, maxDelay = 5 * time.Millisecond, time.Second
 	delay := minDelay
 	for {
-		c, err := l.Accept()
+		c, err := ln.Accept()
 		switch {
 		case err == nil:
 			delay = minDelay
@@ -227,6 +245,11 @@ func clientOf(c net.Conn) netip.AddrPort {
 func (e *tcpEngine) relay(r *relay, log *slog.Logger) {
 	r.bufs = &e.bufs
 	r.flow.Started = time.Now()
+	outer, ok1 := r.outer.(*net.TCPConn)
+	inner, ok2 := r.inner.(*net.TCPConn)
+	if ok1 && ok2 && !r.rule.watchesIdle() && e.splice(r, outer, inner, log) {
+		return
+	}
 	e.mu.Lock()
 	if e.closed || r.rule != nil && r.rule.ctx.Err() != nil {
 		e.mu.Unlock()
@@ -236,14 +259,31 @@ func (e *tcpEngine) relay(r *relay, log *slog.Logger) {
 	e.relays[r] = struct{}{}
 	e.mu.Unlock()
 
-	e.events.flow(FlowOpened, r)
+	e.events.flow(FlowOpened, r.flow)
 	r.run()
 
 	e.mu.Lock()
 	delete(e.relays, r)
 	e.mu.Unlock()
-	e.events.flow(FlowClosed, r)
+	r.flow.BytesIn, r.flow.BytesOut = r.in, r.out
+	e.events.flow(FlowClosed, r.flow)
 	log.Debug("connection ended", "in", r.in, "out", r.out, "duration", time.Since(r.flow.Started).Round(time.Millisecond), "how", r.ending)
+}
+
+// splice is relay for two sockets of the kernel. It is false if that can't be, and
+// nothing has happened then.
+func (e *tcpEngine) splice(r *relay, outer, inner *net.TCPConn, log *slog.Logger) bool {
+	ending := make(chan string, 1)
+	f := &splicedFlow{
+		rule: r.rule, counters: r.counters, flow: r.flow, events: e.events,
+		ended: func(_ *splicedFlow, how string) { ending <- how },
+	}
+	if !e.splicer.splice(outer, inner, f) {
+		return false
+	}
+	how := <-ending
+	log.Debug("connection ended", "in", f.in(), "out", f.out(), "duration", time.Since(r.flow.Started).Round(time.Millisecond), "how", how)
+	return true
 }
 
 // enter counts a goroutine that close waits for; it is false after close.
@@ -272,5 +312,6 @@ func (e *tcpEngine) close() {
 	for r := range relays {
 		r.abort(endShutdown)
 	}
+	e.splicer.close()
 	e.wg.Wait()
 }

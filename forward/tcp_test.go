@@ -18,7 +18,9 @@ import (
 // whose host is the tests'.
 func newTestEngine(t *testing.T, servers map[string]func() (flowConn, error)) *tcpEngine {
 	p := &paths{addrs: testHostMap(), tap: fakeDialer{name: "tap", servers: servers}}
-	e := newTCPEngine(p, &nameservers{}, slog.New(slog.DiscardHandler))
+	s, err := newSplicer(nil)
+	require.NoError(t, err)
+	e := newTCPEngine(p, &nameservers{}, s, slog.New(slog.DiscardHandler))
 	t.Cleanup(e.close)
 	return e
 }

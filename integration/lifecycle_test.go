@@ -384,7 +384,7 @@ func TestStatus(t *testing.T) {
 	require.Len(t, s.Forwards, 2)
 	require.EqualValues(t, 1, s.Forwards[0].Active)
 	require.EqualValues(t, 1, s.Forwards[0].Total)
-	require.Equal(t, "tap", s.Forwards[0].Path)
+	require.Equal(t, "kernel", s.Forwards[0].Path)
 	eventually(t, "bytes are not counted", func() bool {
 		s := g.status(t, tp.host)
 		return s.Forwards[0].BytesIn == 1000 && s.Forwards[0].BytesOut == 500

@@ -253,6 +253,7 @@ type forward struct {
 	Bound    []string `json:"bound"`
 	Path     string   `json:"path"`
 	Reason   string   `json:"reason"`
+	Problems []string `json:"problems"`
 	Active   int64    `json:"active"`
 	Total    int64    `json:"total"`
 	BytesIn  int64    `json:"bytes_in"`

@@ -148,7 +148,7 @@ func TestSourceOtherFamilyServer(t *testing.T) {
 			// The substitution is not to go unnoticed.
 			s := g.status(t, tp.host)
 			require.Len(t, s.Forwards, 1)
-			require.NotEmpty(t, s.Forwards[0].Reason+join(s.Notes))
+			require.NotEmpty(t, s.Forwards[0].Problems)
 		})
 	}
 }

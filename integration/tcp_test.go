@@ -162,8 +162,9 @@ func TestIperf3(t *testing.T) {
 	need(t, "iperf3")
 	tp := newTopo(t)
 	tp.attach(t, "-p", "5201:5201", "-p", "5201:5201/udp")
-	iperf3 := func(t *testing.T, from *node, dst netip.Addr, args ...string) {
+	iperf3 := func(t *testing.T, from, to *node, dst netip.Addr, args ...string) {
 		t.Helper()
+		to.waitPort(t, "tcp", 5201) // the server listens anew after each run
 		out := from.output(t, append([]string{"iperf3", "-J", "-t", "1", "-c", dst.String()}, args...)...)
 		var r struct {
 			End struct {
@@ -183,11 +184,11 @@ func TestIperf3(t *testing.T) {
 		defer server.stop()
 		tp.client.waitPort(t, "tcp", 5201)
 		for _, reverse := range [][]string{nil, {"-R"}} {
-			iperf3(t, tp.client, f.host, reverse...)
-			iperf3(t, tp.ctr, f.client, reverse...)
+			iperf3(t, tp.client, tp.ctr, f.host, reverse...)
+			iperf3(t, tp.ctr, tp.client, f.client, reverse...)
 			udp := append([]string{"-u", "-b", "20M", "-l", "1200"}, reverse...)
-			iperf3(t, tp.client, f.host, udp...)
-			iperf3(t, tp.ctr, f.client, udp...)
+			iperf3(t, tp.client, tp.ctr, f.host, udp...)
+			iperf3(t, tp.ctr, tp.client, f.client, udp...)
 		}
 	})
 }
@@ -242,10 +243,17 @@ func acceptMany(l *net.TCPListener, count int, accepted chan<- int) {
 // still work.
 func TestIdleConnections(t *testing.T) {
 	need(t, "nginx")
+	for _, datapath := range []string{"kernel", "tap"} {
+		t.Run(datapath, func(t *testing.T) { testIdleConnections(t, datapath) })
+	}
+}
+
+func testIdleConnections(t *testing.T, datapath string) {
 	tp := newTopo(t)
 	tp.startNginx(t)
-	g := tp.attach(t, "-p", "8080:80", "--log-level", "info")
-	count := min(10_000, nofile(t)-500)
+	g := tp.attach(t, "-p", "8080:80", "--log-level", "info", "--datapath", datapath)
+	// The kernel path has two sockets for each.
+	count := min(10_000, nofile(t)/2-500)
 	if count < 10_000 {
 		t.Logf("only %d connections: RLIMIT_NOFILE is %d", count, nofile(t))
 	}

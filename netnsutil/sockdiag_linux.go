@@ -20,6 +20,9 @@ type Listener struct {
 	Addr netip.AddrPort
 	// V6Only is set for IPv6 sockets without IPv4 (IPV6_V6ONLY).
 	V6Only bool
+	// Mark is the socket's SO_MARK, as far as the caller may see it: with
+	// CAP_NET_ADMIN over the namespace.
+	Mark uint32
 }
 
 // SockDiag lists the listeners in a network namespace, by sock_diag(7). It is
@@ -103,9 +106,11 @@ type inetDiagMsg struct {
 	inode                         uint32
 }
 
-// inetDiagV6Only is the attribute INET_DIAG_SKV6ONLY, one byte; the kernel adds
-// it to IPv6 sockets in the states asked for here.
-const inetDiagV6Only = 11
+// Attributes that the kernel adds unasked, linux/inet_diag.h.
+const (
+	inetDiagV6Only = 11 // INET_DIAG_SKV6ONLY, one byte, of IPv6 sockets in the states asked for here
+	inetDiagMark   = 15 // INET_DIAG_MARK, 32 bits, since Linux 4.10
+)
 
 // dump appends the sockets of one protocol and family that are in states.
 func (d *SockDiag) dump(list []Listener, proto, family uint8, states uint32) ([]Listener, error) {
@@ -190,8 +195,13 @@ func parseListener(b []byte) (l Listener, ok bool) {
 		if n < unix.SizeofNlAttr || n > len(b) {
 			return l, false
 		}
-		if binary.NativeEndian.Uint16(b[2:]) == inetDiagV6Only && n > unix.SizeofNlAttr {
-			l.V6Only = b[unix.SizeofNlAttr] != 0
+		switch value := b[unix.SizeofNlAttr:n]; binary.NativeEndian.Uint16(b[2:]) {
+		case inetDiagV6Only:
+			l.V6Only = len(value) > 0 && value[0] != 0
+		case inetDiagMark:
+			if len(value) >= 4 {
+				l.Mark = binary.NativeEndian.Uint32(value)
+			}
 		}
 		b = b[min((n+3)&^3, len(b)):]
 	}

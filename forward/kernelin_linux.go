@@ -1,0 +1,303 @@
+package forward
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Inbound TCP on the kernel path: accepted, connected and relayed on one thread
+// of the splicer.
+//
+//	acceptor ─► accept(2) ─► paths.routes ─┬─► kernelConn: connect(2) in the namespace ─► splicedFlow
+//	                                       └─► a goroutine of tcpEngine, for the tap
+
+// acceptor is a listening socket whose connections the splicer's threads accept.
+// It has the part of [net.TCPListener] that a [tcpListener] needs.
+type acceptor struct {
+	sharedFD
+	e      *tcpEngine
+	to     *atomic.Pointer[tcpTarget]
+	addr   net.Addr
+	warned atomic.Int64 // when, in Unix seconds
+}
+
+// connecter is a dialer whose sockets are the kernel's: connect begins to connect
+// one, on a thread in the namespace.
+type connecter interface {
+	connect(src, dst netip.AddrPort) (fd int, err error)
+}
+
+// acceptBatch is how many connections a loop accepts before it looks after the
+// others that it has.
+const acceptBatch = 32
+
+// newAcceptor takes a listener over.
+func newAcceptor(e *tcpEngine, ln *net.TCPListener, to *atomic.Pointer[tcpTarget]) (*acceptor, error) {
+	fd, err := duplicate(ln)
+	if err != nil {
+		return nil, err
+	}
+	ln.Close() // out of the Go runtime's poller
+	a := &acceptor{sharedFD: sharedFD{fd: fd}, e: e, to: to, addr: ln.Addr()}
+	a.share(e.splicer, a)
+	return a, nil
+}
+
+// Close stops accepting. Not for a loop's thread.
+func (a *acceptor) Close() error { return a.unshare(a.e.splicer, a) }
+
+func (a *acceptor) shutdown(l *spliceLoop) { a.leave(l, a) }
+
+// Addr returns the address that is listened on.
+func (a *acceptor) Addr() net.Addr { return a.addr }
+
+// SyscallConn lets socket options be set.
+func (a *acceptor) SyscallConn() (syscall.RawConn, error) { return rawFD(a.fd), nil }
+
+// ready accepts.
+func (a *acceptor) ready(l *spliceLoop, _ int, _ uint32) {
+	for range acceptBatch {
+		if a.closing.Load() {
+			return
+		}
+		fd, sa, err := unix.Accept4(a.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+		switch {
+		case err == nil:
+			a.serve(l, fd, addrPortOf(sa))
+		case err == unix.EAGAIN:
+			return
+		case exhausted(err):
+			a.warn("connection refused", err)
+			if !l.s.refuse(a.fd) {
+				time.Sleep(time.Millisecond) // the client waits in the backlog
+				return
+			}
+		default: // about one connection, which has gone already: accept(2)
+		}
+	}
+}
+
+// warn logs that there is no room for connections, once a second at most.
+func (a *acceptor) warn(msg string, err error) {
+	now := time.Now().Unix()
+	if last := a.warned.Load(); now != last && a.warned.CompareAndSwap(last, now) {
+		a.e.log.Warn(msg, "forward", a.addr, "err", err, "hint", Hint(err))
+	}
+}
+
+// serve takes an accepted connection to where it leads.
+func (a *acceptor) serve(l *spliceLoop, fd int, client netip.AddrPort) {
+	to := a.to.Load()
+	client = unmapped(client)
+	if !to.rule.admit(client.Addr()) {
+		closeSocket(fd, true)
+		return
+	}
+	c := &kernelConn{
+		a: a, to: to, client: client, begun: time.Now(), inner: -1,
+		routes: a.e.paths.routes(to.rule.rule, client, to.port),
+	}
+	c.flow = splicedFlow{
+		rule: to.rule, counters: &to.rule.flowCounters, events: a.e.events, ended: c.ended, fds: [2]int{fd, -1},
+	}
+	c.slow.expired = func() { c.isSlow(l) }
+	c.slot = l.newSlot(c)
+	if err := l.watch(fd, socketEvents, c.slot, 0); err != nil {
+		c.fail(l, err)
+		return
+	}
+	if to.rule.rule.ProxyV2 || to.rule.watchesIdle() {
+		c.leave(l) // for what a relay does, and a loop does not
+		return
+	}
+	c.try(l, errors.New("the container has no address that fits"))
+}
+
+// kernelConn is an accepted connection on its way to the server.
+type kernelConn struct {
+	a      *acceptor
+	to     *tcpTarget
+	client netip.AddrPort
+	begun  time.Time
+	routes []route // that are left; the first is being tried
+	route  route   // the one that led to the server
+
+	inner  int // socket that connects, -1 if none
+	slot   int32
+	events [2]uint32 // seen meanwhile
+	slow   late
+	flow   splicedFlow
+}
+
+// try begins to connect by the next route; err is why the one before was no good.
+func (c *kernelConn) try(l *spliceLoop, err error) {
+	for len(c.routes) > 0 {
+		r := c.routes[0]
+		d, ok := r.dialer.(connecter)
+		if !ok {
+			c.leave(l)
+			return
+		}
+		if c.inner, err = d.connect(r.src, r.dst); err == nil {
+			c.events[1] = 0
+			if err = l.watch(c.inner, socketEvents, c.slot, 1); err == nil {
+				l.late.add(&c.slow)
+				return
+			}
+			closeSocket(c.inner, true)
+			c.inner = -1
+		}
+		if exhausted(err) {
+			c.a.warn("connection refused", err)
+		}
+		if !c.next(err) {
+			break
+		}
+	}
+	c.fail(l, err)
+}
+
+// next goes on to the next route, if that may lead to a server.
+func (c *kernelConn) next(err error) bool {
+	c.routes = c.routes[1:]
+	return errors.Is(err, unix.ECONNREFUSED)
+}
+
+// ready is called for either socket while the inner one connects.
+func (c *kernelConn) ready(l *spliceLoop, side int, events uint32) {
+	c.events[side] |= events
+	const gone = unix.EPOLLERR | unix.EPOLLHUP
+	switch {
+	case side == 0 && events&gone != 0:
+		if err := connectError(c.flow.fds[0]); err != nil { // the client did not wait
+			c.fail(l, err)
+		}
+	case side == 1 && events&gone != 0:
+		err := connectError(c.inner)
+		if err == nil {
+			return // stale, of the socket before
+		}
+		c.closeInner()
+		if !c.next(err) {
+			c.fail(l, err)
+			return
+		}
+		c.try(l, err)
+	case side == 1 && events&unix.EPOLLOUT != 0:
+		c.slow.remove()
+		c.route, c.routes = c.routes[0], nil
+		c.to.rule.served(c.client.Addr(), c.route.src.Addr())
+		c.flow.fds[1], c.flow.slot = c.inner, c.slot
+		c.flow.flow = Flow{
+			Proto: TCP, Dir: In, Forward: c.to.rule.id, Client: c.client, Server: c.route.dst, Path: c.route.path,
+		}
+		if c.route.src != c.client {
+			c.flow.flow.Seen = c.route.src
+		}
+		l.slots[c.slot] = &c.flow
+		c.flow.start(l, c.events)
+	}
+}
+
+// isSlow is called when connecting has taken some time. A server with a mark of
+// its own does not answer on the kernel path.
+func (c *kernelConn) isSlow(l *spliceLoop) {
+	if time.Since(c.begun) > dialTimeout {
+		c.fail(l, os.NewSyscallError("connect", unix.ETIMEDOUT))
+		return
+	}
+	if c.a.e.paths.serverHasMark(c.to.rule, c.routes[0]) {
+		c.leave(l)
+		return
+	}
+	l.late.add(&c.slow)
+}
+
+// leave hands the client's connection to a goroutine, for a path that is not
+// ours.
+func (c *kernelConn) leave(l *spliceLoop) {
+	c.closeInner()
+	l.freeSlot(c.slot)
+	fd := c.flow.fds[0]
+	_ = unix.EpollCtl(l.epfd, unix.EPOLL_CTL_DEL, fd, nil)
+	if !c.a.e.enter() {
+		closeSocket(fd, true)
+		c.to.rule.end()
+		return
+	}
+	go c.a.e.serveLeft(c.to, fd)
+}
+
+func (c *kernelConn) closeInner() {
+	c.slow.remove()
+	if c.inner >= 0 {
+		closeSocket(c.inner, true)
+		c.inner = -1
+	}
+}
+
+// fail ends it. The handshake with the client is done: RST is the nearest to
+// "refused" that there is.
+func (c *kernelConn) fail(l *spliceLoop, err error) {
+	c.closeInner()
+	closeSocket(c.flow.fds[0], true)
+	l.freeSlot(c.slot)
+	c.to.rule.end()
+	if c.debug() {
+		c.log().Debug("connection refused", "err", err)
+	}
+}
+
+func (c *kernelConn) shutdown(l *spliceLoop) { c.fail(l, net.ErrClosed) }
+
+// ended is the end of the flow.
+func (c *kernelConn) ended(f *splicedFlow, how string) {
+	c.to.rule.end()
+	if c.debug() {
+		c.log().Debug("connection ended", "source", c.route.src, "server", c.route.dst, "in", f.in(), "out", f.out(),
+			"duration", time.Since(c.begun).Round(time.Millisecond), "how", how)
+	}
+}
+
+func (c *kernelConn) debug() bool {
+	return c.a.e.log.Enabled(context.Background(), slog.LevelDebug)
+}
+
+func (c *kernelConn) log() *slog.Logger {
+	return c.a.e.log.With("client", c.client, "forward", c.a.addr, "path", Kernel)
+}
+
+// serveLeft is [tcpEngine.serveIn] for a connection that a loop has accepted and
+// counted.
+func (e *tcpEngine) serveLeft(to *tcpTarget, fd int) {
+	defer e.wg.Done()
+	defer to.rule.end()
+	file := os.NewFile(uintptr(fd), "tcp")
+	c, err := net.FileConn(file)
+	file.Close()
+	if err != nil {
+		e.log.Warn("connection refused", "err", err)
+		return
+	}
+	e.serveIn(to, c.(*net.TCPConn))
+}
+
+// addrPortOf returns the address of a TCP peer.
+func addrPortOf(sa unix.Sockaddr) netip.AddrPort {
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
+	case *unix.SockaddrInet6:
+		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port))
+	}
+	return netip.AddrPort{}
+}

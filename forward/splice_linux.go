@@ -1,0 +1,216 @@
+package forward
+
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+)
+
+// splicedHalf is one direction of a flow between two non-blocking TCP sockets.
+// Its data is in one of three places: in the kernel's socket buffers, in a pipe,
+// or, what a short write left over, in rest. A half that waits for its source
+// holds neither pipe nor buffer.
+//
+// Small amounts are read and written: two system calls, no pipe. What fills the
+// buffer is bulk, and goes by splice(2) as long as it keeps coming.
+type splicedHalf struct {
+	src, dst int
+	pipe     *pipe
+	rest     []byte
+	bulk     bool // the last read filled the buffer
+	fills    int  // how often in a row a small pipe was filled
+	hup      bool // src has sent, or lost, its last byte (EPOLLRDHUP)
+	eof      bool // and it was read
+	done     bool // and dst was told
+
+	moved int64 // bytes that reached dst
+}
+
+// waits is what a half waits for.
+type waits uint8
+
+const (
+	waitsRead  waits = iota + 1 // for src to be readable
+	waitsWrite                  // for dst to be writable
+	waitsTurn                   // for nothing: others should have their turn
+	waitsNone                   // it is done
+)
+
+const (
+	// bufferSize is the size of the one buffer that all halves of a thread
+	// share. Reads that fill it start splicing.
+	bufferSize = 16 << 10
+	// spliceSize is the most that one splice(2) is asked to move.
+	spliceSize = 1 << 20
+	// A small pipe is taken for full from smallPipeFull bytes on: its slots may
+	// be used up by then. What does that fillsForBulk times gets a big one.
+	smallPipeFull = 32 << 10
+	fillsForBulk  = 2
+	// turnSize is how much a half moves before others get their turn.
+	turnSize = 2 << 20
+)
+
+// spliceError is an error of one of the two sockets of a half.
+type spliceError struct {
+	err error
+	dst bool // it is the half's destination that failed
+}
+
+func (e *spliceError) Error() string { return e.err.Error() }
+func (e *spliceError) Unwrap() error { return e.err }
+
+// run moves bytes from src to dst until one of them is not ready. buf is used
+// during the call only. After an error both directions of the flow are lost.
+func (h *splicedHalf) run(pipes *pipePool, buf []byte) (waits, *spliceError) {
+	for end := h.moved + turnSize; h.moved < end; {
+		w, err := h.step(pipes, buf)
+		if w != 0 || err != nil {
+			return w, err
+		}
+	}
+	return waitsTurn, nil
+}
+
+// step does one thing. It returns what the half waits for then, 0 if it can go on.
+func (h *splicedHalf) step(pipes *pipePool, buf []byte) (waits, *spliceError) {
+	switch {
+	case h.done:
+		return waitsNone, nil
+	case len(h.rest) > 0:
+		return h.flush()
+	case h.pipe != nil && h.pipe.n > 0:
+		return h.drain()
+	case h.eof:
+		h.release(pipes)
+		h.done = true
+		// ENOTCONN: dst was reset, as its own half will see.
+		if err := unix.Shutdown(h.dst, unix.SHUT_WR); err != nil && err != unix.ENOTCONN {
+			return 0, &spliceError{err, true}
+		}
+		return waitsNone, nil
+	case h.bulk:
+		return h.fill(pipes)
+	}
+	return h.copy(buf)
+}
+
+// copy reads a buffer and writes it.
+func (h *splicedHalf) copy(buf []byte) (waits, *spliceError) {
+	n, err := read(h.src, buf)
+	if err != nil {
+		return waitsRead, unlessAgain(err, false)
+	}
+	if n == 0 {
+		h.eof = true
+		return 0, nil
+	}
+	h.bulk = n == len(buf)
+	m, err := write(h.dst, buf[:n])
+	h.moved += int64(m)
+	if m < n {
+		h.rest = append([]byte(nil), buf[m:n]...)
+		return waitsWrite, unlessAgain(err, true)
+	}
+	if !h.bulk && !h.hup {
+		// Nothing is left: with edge-triggered events a short read is as
+		// good as EAGAIN (epoll(7), question 9), but for a FIN.
+		return waitsRead, nil
+	}
+	return 0, nil
+}
+
+// flush writes what a short write left over.
+func (h *splicedHalf) flush() (waits, *spliceError) {
+	n, err := write(h.dst, h.rest)
+	h.moved += int64(n)
+	if h.rest = h.rest[n:]; len(h.rest) > 0 {
+		return waitsWrite, unlessAgain(err, true)
+	}
+	h.rest = nil
+	return 0, nil
+}
+
+// fill moves from src into a pipe: a small one first, a big one for what fills
+// that again and again.
+func (h *splicedHalf) fill(pipes *pipePool) (waits, *spliceError) {
+	if h.fills == fillsForBulk {
+		h.release(pipes)
+	}
+	if h.pipe == nil {
+		if h.pipe = pipes.get(h.fills >= fillsForBulk); h.pipe == nil {
+			h.bulk = false
+			return 0, nil
+		}
+	}
+	n, err := splice(h.src, h.pipe.w, spliceSize)
+	if err != nil {
+		h.release(pipes)
+		return waitsRead, unlessAgain(err, false)
+	}
+	if n == 0 {
+		h.eof = true
+		return 0, nil
+	}
+	h.pipe.n = n
+	h.bulk = n >= bufferSize
+	if n >= smallPipeFull {
+		h.fills++
+	} else {
+		h.fills = 0
+	}
+	return 0, nil
+}
+
+// drain moves from the pipe to dst.
+func (h *splicedHalf) drain() (waits, *spliceError) {
+	n, err := splice(h.pipe.r, h.dst, h.pipe.n)
+	h.moved += int64(n)
+	h.pipe.n -= n
+	if err != nil {
+		return waitsWrite, unlessAgain(err, true)
+	}
+	return 0, nil
+}
+
+// release gives the pipe back.
+func (h *splicedHalf) release(pipes *pipePool) {
+	if h.pipe != nil {
+		pipes.put(h.pipe)
+		h.pipe = nil
+	}
+}
+
+func unlessAgain(err error, dst bool) *spliceError {
+	if errors.Is(err, unix.EAGAIN) {
+		return nil
+	}
+	return &spliceError{err, dst}
+}
+
+func read(fd int, b []byte) (int, error) {
+	for {
+		n, err := unix.Read(fd, b)
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+// write sends with MSG_NOSIGNAL, which saves Go's runtime a SIGPIPE.
+func write(fd int, b []byte) (int, error) {
+	for {
+		n, err := unix.SendmsgN(fd, b, nil, nil, unix.MSG_NOSIGNAL)
+		if err != unix.EINTR {
+			return max(n, 0), err
+		}
+	}
+}
+
+func splice(from, to, n int) (int, error) {
+	for {
+		m, err := unix.Splice(from, nil, to, nil, n, unix.SPLICE_F_NONBLOCK|unix.SPLICE_F_MOVE)
+		if err != unix.EINTR {
+			return max(int(m), 0), err
+		}
+	}
+}
