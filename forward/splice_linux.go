@@ -180,8 +180,9 @@ func (h *splicedHalf) release(pipes *pipePool) {
 	}
 }
 
+// unlessAgain returns the error that err is for the flow. A short write is none.
 func unlessAgain(err error, dst bool) *spliceError {
-	if errors.Is(err, unix.EAGAIN) {
+	if err == nil || errors.Is(err, unix.EAGAIN) {
 		return nil
 	}
 	return &spliceError{err, dst}
