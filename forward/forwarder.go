@@ -42,6 +42,11 @@ type Config struct {
 	Network Network
 	// Datapath restricts the choice of path; "" is Auto.
 	Datapath Datapath
+	// Allow and Deny say what the container may speak to of its own accord:
+	// what Allow names, and of the rest what Deny does not name; if there is
+	// only Allow, nothing else. Both empty is everything. It is told "no" by
+	// ICMP, and its nameserver is always allowed.
+	Allow, Deny []Destination
 	// HostLoopbackToNSLoopback sends connections from the host's loopback
 	// to the namespace's loopback, with 127.0.0.1 or ::1 as their source.
 	HostLoopbackToNSLoopback bool
@@ -169,6 +174,9 @@ func (f *Forwarder) start(ctx context.Context) error {
 	f.notes = f.plan.notes
 	addrs, dns := f.plan.addrs, newNameservers(f.cfg.Network.Nameservers)
 	addrs.loopbackToLoopback = f.cfg.HostLoopbackToNSLoopback
+	if addrs.policy, err = newPolicy(f.cfg.Allow, f.cfg.Deny, netnsutil.LocalAddrs); err != nil {
+		return fmt.Errorf("start forwarding: %w", err)
+	}
 	addrs.mainAddr, addrs.nameserver = netnsutil.MainAddr, dns.next
 	if err := f.startStack(&addrs, dns); err != nil {
 		return err

@@ -25,6 +25,9 @@ type hostMap struct {
 	// the namespace's.
 	loopbackToLoopback bool
 
+	// policy may forbid destinations; our own nameserver it does not.
+	policy *policy
+
 	// mainAddr returns the host's main address of a family, the one that
 	// it speaks to the world with, if it has one.
 	mainAddr func(is6 bool) (netip.Addr, bool)
@@ -114,6 +117,15 @@ func (m *hostMap) ownAddrs() []netip.Addr {
 // loopback. The error is an [syscall.Errno] that says what a router would:
 // ECONNREFUSED where we are the host, EHOSTUNREACH where there is none.
 func (m *hostMap) destination(dst netip.AddrPort) (netip.AddrPort, error) {
+	to, err := m.translate(dst)
+	if err == nil && !m.isDNS(dst) && !m.policy.allows(dst, to) {
+		return netip.AddrPort{}, syscall.EACCES // ICMP: administratively prohibited
+	}
+	return to, err
+}
+
+// translate is destination without the policy.
+func (m *hostMap) translate(dst netip.AddrPort) (netip.AddrPort, error) {
 	addr, port := dst.Addr().Unmap().WithZone(""), dst.Port()
 	switch {
 	case m.isDNS(dst):

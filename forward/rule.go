@@ -297,6 +297,17 @@ func (r Rule) check() error {
 // free reports whether the kernel is to choose the ports.
 func (r Rule) free() bool { return r.Ports == PortRange{} && r.Socket == "" }
 
+// canWait reports whether r is for an address or an interface that may be missing.
+func (r Rule) canWait() bool {
+	return r.Dir == In && r.Socket == "" && !r.free() && (r.Iface != "" || r.Addr.IsValid() && !r.Addr.IsUnspecified())
+}
+
+// Waiting returns r with Wait, if it is for an address or an interface of the host.
+func (r Rule) Waiting() Rule {
+	r.Wait = r.Wait || r.canWait()
+	return r
+}
+
 func (r Rule) checkSockets() error {
 	kind, name, _ := strings.Cut(r.Socket, ":")
 	switch {
@@ -305,6 +316,8 @@ func (r Rule) checkSockets() error {
 		return fmt.Errorf("socket %q begins with none of unix:, systemd: and fd:", r.Socket)
 	case name == "":
 		return fmt.Errorf("socket %q has no name", r.Socket)
+	case !printable(name):
+		return fmt.Errorf("socket %q: the name has unprintable characters", r.Socket)
 	case kind == "unix":
 		if err := checkSocketPath(name); err != nil {
 			return err
@@ -327,6 +340,11 @@ func (r Rule) checkSockets() error {
 	return checkSocketPath(r.TargetSocket)
 }
 
+// printable reports whether a terminal, and JSON, can show s as it is.
+func printable(s string) bool {
+	return utf8.ValidString(s) && !strings.ContainsFunc(s, func(c rune) bool { return !unicode.IsPrint(c) })
+}
+
 // checkSocketPath says what is wrong with the path of a UNIX socket (unix(7)).
 func checkSocketPath(path string) error {
 	const sunPathSize = 108
@@ -335,7 +353,7 @@ func checkSocketPath(path string) error {
 		return fmt.Errorf("UNIX socket %q: the path has to begin with a slash", path)
 	case len(path) >= sunPathSize:
 		return fmt.Errorf("UNIX socket %q: the path has %d bytes, and the kernel takes %d", path, len(path), sunPathSize-1)
-	case strings.ContainsFunc(path, func(c rune) bool { return !unicode.IsPrint(c) }):
+	case !printable(path):
 		return fmt.Errorf("UNIX socket %q: the path has unprintable characters", path)
 	}
 	return nil
@@ -347,7 +365,7 @@ func (r Rule) checkOptions() error {
 		return errors.New("the PROXY protocol is for tcp into the container")
 	case r.Idle != 0 && (r.Dir != In || r.Socket != "" && !strings.HasPrefix(r.Socket, "systemd:")):
 		return errors.New("idle is for connections into the container whose client is not a UNIX socket")
-	case r.Wait && (r.Dir != In || r.free() || r.Addr.IsUnspecified() && r.Iface == "" || !r.Addr.IsValid() && r.Iface == ""):
+	case r.Wait && !r.canWait():
 		return errors.New("wait is for a named port on an address or an interface of the host")
 	case r.Auto && r.Ports == PortRange{}:
 		return errors.New("auto needs the ports of the host")

@@ -262,7 +262,9 @@ func TestParseSpecReadsEphemeralRange(t *testing.T) {
 func FuzzParsePublish(f *testing.F) {
 	for _, s := range []string{
 		"80", "8080:80/udp", "127.0.0.1:8000-8010:9000-9010/tcp,udp", "[::1]%lo::80", "[fe80::1%eth0]%eth0:1:2",
-		"0.0.0.0:1:10.0.0.1:80", "[::]:1:[fd00::1]:80/tcp,weak,auto", "1:1/udp,out", "*%a[b:1:1", "%a,b%c:80", "[::ffff:1.2.3.4]:1:1",
+		"0.0.0.0:1:10.0.0.1:80", "[::]:1:[fd00::1]:80/tcp,weak,auto", "1:1/udp,out", "*%a[b:1:1",
+		"unix:/run/a:b/c.sock:80/tcp,deny=fd00::/8", "systemd:web:80/udp,allow=10.0.0.0/8+::1", "fd:x:1", "5432:unix:/tcp,out/x/tcp,out",
+		"80:80/tcp,max=5,rate=3,idle=90s,proxy=v2,share", "%eth0:80:80/udp,wait", "unix:80", "1:unix:/,", "systemd::1", "%a,b%c:80", "[::ffff:1.2.3.4]:1:1",
 	} {
 		f.Add(s)
 	}

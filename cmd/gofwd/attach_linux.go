@@ -32,7 +32,10 @@ and leaves the namespace as it was.`,
   gofwd attach -p 8080:80 --detach --pid "$(podman inspect -f '{{.State.Pid}}' web)"`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			err := o.complete()
+			err := o.loadConfig(cmd.Flags())
+			if err == nil {
+				err = o.complete()
+			}
 			targets := 0
 			for _, given := range []bool{o.netns != "", o.pid != 0, o.container != ""} {
 				if given {

@@ -26,6 +26,12 @@ type options struct {
 	dns            []netip.Addr
 	noDNS          bool
 
+	wait bool // every rule that can wait for its address does
+
+	configFile    string
+	configEntries []configEntry // as loaded
+	cliPorts      [5][]string   // portLists without those of the file
+
 	mapAuto   bool   // run
 	netns     string // attach
 	pid       int    // attach
@@ -102,6 +108,7 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 	ports.StringArrayVarP(&o.udpIn, "udp-ports", "u", nil, "`SPEC`: publish UDP ports, likewise")
 	ports.StringArrayVarP(&o.tcpOut, "tcp-ns", "T", nil, "`SPEC`: forward TCP ports of the container's loopback to the host's")
 	ports.StringArrayVarP(&o.udpOut, "udp-ns", "U", nil, "`SPEC`: forward UDP ports of the container's loopback to the host's")
+	ports.BoolVar(&o.wait, "wait", false, "publish on addresses and interfaces that aren't there yet when they come, and follow them when they go and return")
 	ports.BoolVar(&cfg.HostLoopbackToNSLoopback, "host-lo-to-ns-lo", false, "clients on the host's loopback reach the container's loopback, and are seen as 127.0.0.1 or ::1")
 
 	net := pflag.NewFlagSet("", pflag.ContinueOnError)
@@ -116,6 +123,8 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 	net.BoolVarP(&o.only6, "ipv6-only", "6", false, "no IPv4")
 	net.Var(&addrsFlag[netip.Addr]{&network.HostAlias, &network.NoHostAlias, parseAddr}, "host-alias", "`ADDR|none`: what the container calls the host's main address, one of each family (default 169.254.1.2 and fd67:6f66:7764::1)")
 	net.Var(&addrsFlag[netip.Addr]{&network.MapHostLoopback, new(bool), parseAddr}, "map-host-loopback", "`ADDR|none`: what the container calls the host's loopback (default none: it does not reach it)")
+	net.Var(&addrsFlag[forward.Destination]{&cfg.Allow, nil, forward.ParseDestination}, "allow", "`DEST`: what the container may speak to although --deny names it, or if there is no --deny all it may speak to; an address, a prefix, *, host (the host's addresses) or loopback (its loopback), and :PORT[-PORT]")
+	net.Var(&addrsFlag[forward.Destination]{&cfg.Deny, nil, forward.ParseDestination}, "deny", "`DEST`: what it may not speak to, such as 192.168.0.0/16, host or *:25")
 	net.BoolVar(&cfg.NoTCP, "no-tcp", false, "forward no TCP")
 	net.BoolVar(&cfg.NoUDP, "no-udp", false, "forward no UDP")
 	net.BoolVar(&cfg.NoICMP, "no-icmp", false, "forward no ping")
@@ -123,6 +132,7 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 
 	process := pflag.NewFlagSet("", pflag.ContinueOnError)
 	process.StringVar(&o.name, "name", "", "`NAME`: what gofwd status calls this instance (default after the command or the namespace)")
+	process.StringVar(&o.configFile, "config", "", "`FILE`: read options from a TOML file too, by their long names: publish = [\"8080:80\"]; ports in it are read anew on SIGHUP and by gofwd reload")
 	process.BoolVar(&o.detach, "detach", false, "go to the background, and return when ready")
 	process.StringVar(&o.pidFile, "pid-file", "", "`FILE`: write the process id to it when ready, and remove it at the end")
 	process.IntVar(&o.readyFD, "ready-fd", -1, "`FD`: write 1 to this descriptor when ready, and close it")
@@ -239,6 +249,11 @@ func (o *options) completeRules() error {
 				return err
 			}
 			rules = append(rules, r...)
+		}
+	}
+	if o.wait {
+		for i := range rules {
+			rules[i] = rules[i].Waiting()
 		}
 	}
 	o.config.Rules = rules

@@ -136,7 +136,7 @@ func (i *inner) start(ctx context.Context) error {
 	i.forwarder = f
 	i.ended = make(chan error, 1)
 	go i.waitForwarder()
-	i.server = control.NewServer(control.Config{Forwarder: f, Version: readVersion().Version, Logger: i.log})
+	i.server = control.NewServer(control.Config{Forwarder: f, Version: readVersion().Version, Reload: i.reloader(), Logger: i.log})
 	go i.serveControl()
 	if !i.opts.quiet {
 		printChosen(os.Stdout, f.Status())
@@ -158,6 +158,40 @@ func startRetrying(ctx context.Context, cfg forward.Config, patience time.Durati
 			return f, err
 		}
 	}
+}
+
+// reloader returns what reads --config anew, nil without it.
+func (i *inner) reloader() func() error {
+	if i.opts.configFile == "" {
+		return nil
+	}
+	return i.reload
+}
+
+// reload makes the published ports those of the command line and of the file as it
+// is now, all of them or, after an error, none.
+func (i *inner) reload() error {
+	rules, err := i.opts.rereadPorts()
+	if err != nil {
+		return err
+	}
+	changed, err := i.forwarder.Change(forward.Change{Replace: true, Add: rules})
+	if err != nil {
+		return err
+	}
+	i.log.Info("configuration reloaded", "file", i.opts.configFile, "generation", changed.Generation)
+	return nil
+}
+
+// reloadOnHangup reports whether s is for us to reload, and does that.
+func (i *inner) reloadOnHangup(s syscall.Signal) bool {
+	if s != unix.SIGHUP || i.opts.configFile == "" {
+		return false
+	}
+	if err := i.reload(); err != nil {
+		i.log.Error("configuration not reloaded, nothing has changed", "err", err)
+	}
+	return true
 }
 
 func (i *inner) waitForwarder() { i.ended <- i.forwarder.Wait() }
@@ -234,7 +268,9 @@ func (i *inner) run(ctx context.Context, argv []string) error {
 				err = errOuterGone
 				break
 			}
-			filter.order(s)
+			if !i.reloadOnHangup(s) {
+				filter.order(s)
+			}
 		case s := <-i.own:
 			filter.got(s)
 		case <-filter.due:
@@ -266,6 +302,9 @@ func (i *inner) attach(ctx context.Context) error {
 	for err == nil {
 		select {
 		case s, ok := <-orders:
+			if ok && i.reloadOnHangup(s) {
+				continue
+			}
 			if !ok || s == unix.SIGTERM || s == unix.SIGINT || s == unix.SIGHUP || s == unix.SIGQUIT {
 				return i.close()
 			}

@@ -261,3 +261,25 @@ func someArgs(what string) cobra.PositionalArgs {
 		return nil
 	}
 }
+
+func newReloadCommand() *cobra.Command {
+	var name string
+	cmd := &cobra.Command{
+		Use:   "reload [--name NAME]",
+		Short: "read --config anew",
+		Long: `Make the forwards of an instance those of its command line and of its --config
+FILE as it is now, all of them or, after an error, none. Those that ports add has
+added end. SIGHUP does the same, and logs errors. Connections of forwards that end
+are reset; all others go on.`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := openClient(name)
+			if err != nil {
+				return err
+			}
+			return c.do(cmd.Context(), http.MethodPost, "/v1/reload", nil, nil)
+		},
+	}
+	nameFlag(cmd, &name)
+	return cmd
+}

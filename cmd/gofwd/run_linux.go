@@ -25,6 +25,9 @@ with it. /etc/resolv.conf is replaced for COMMAND alone.`,
   gofwd run -p 127.0.0.1:5353:53/udp -p %eth0:443:8443 -- ./server
   gofwd run`,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := o.loadConfig(cmd.Flags()); err != nil {
+				return usagef(cmd, "%w", err)
+			}
 			if err := o.complete(); err != nil {
 				return usagef(cmd, "%w", err)
 			}
