@@ -1,0 +1,236 @@
+package forward
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand"
+	"net"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
+)
+
+// splicedPair returns the two outer ends of a flow that s moves, and how it ended.
+func splicedPair(t *testing.T, s *splicer, sndbuf int) (outside, inside *net.TCPConn, counters *flowCounters, ended chan string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer l.Close()
+	pair := func() (far, near *net.TCPConn) {
+		c, err := net.Dial("tcp", l.Addr().String())
+		require.NoError(t, err)
+		a, err := l.Accept()
+		require.NoError(t, err)
+		if sndbuf > 0 {
+			require.NoError(t, a.(*net.TCPConn).SetWriteBuffer(sndbuf))
+		}
+		return c.(*net.TCPConn), a.(*net.TCPConn)
+	}
+	outside, outer := pair()
+	inside, inner := pair()
+	t.Cleanup(func() { outside.Close(); inside.Close() })
+	counters, ended = &flowCounters{}, make(chan string, 1)
+	f := &splicedFlow{counters: counters, events: &eventHub{}, ended: func(_ *splicedFlow, how string) { ended <- how }}
+	require.True(t, s.splice(outer, inner, f))
+	return outside, inside, counters, ended
+}
+
+func newTestSplicer(t *testing.T) *splicer {
+	t.Helper()
+	s, err := newSplicer(nil)
+	require.NoError(t, err)
+	t.Cleanup(s.close)
+	return s
+}
+
+// Every byte arrives, in both directions at once, in lots of all sizes, through
+// small socket buffers, so that writes are short, and through large ones.
+func TestSplicerMovesEveryByte(t *testing.T) {
+	s := newTestSplicer(t)
+	for _, sndbuf := range []int{0, 4096} {
+		t.Run(fmt.Sprint(sndbuf), func(t *testing.T) {
+			outside, inside, counters, ended := splicedPair(t, s, sndbuf)
+			const size = 8 << 20
+			var sums [4][32]byte
+			var wg sync.WaitGroup
+			send := func(c *net.TCPConn, seed int64, sum *[32]byte) {
+				r := rand.New(rand.NewSource(seed))
+				h := sha256.New()
+				for left := size; left > 0; {
+					b := make([]byte, min(left, 1+r.Intn(1<<r.Intn(19))))
+					r.Read(b)
+					h.Write(b)
+					if _, err := c.Write(b); err != nil {
+						t.Error(err)
+						return
+					}
+					left -= len(b)
+				}
+				c.CloseWrite()
+				h.Sum(sum[:0])
+			}
+			receive := func(c *net.TCPConn, sum *[32]byte) {
+				h := sha256.New()
+				if _, err := io.Copy(h, c); err != nil {
+					t.Error(err)
+				}
+				h.Sum(sum[:0])
+			}
+			wg.Go(func() { send(outside, 1, &sums[0]) })
+			wg.Go(func() { receive(inside, &sums[1]) })
+			wg.Go(func() { send(inside, 2, &sums[2]) })
+			wg.Go(func() { receive(outside, &sums[3]) })
+			wg.Wait()
+			require.Equal(t, sums[0], sums[1])
+			require.Equal(t, sums[2], sums[3])
+			require.Equal(t, endClosed, <-ended)
+			require.EqualValues(t, size, counters.bytesIn.Load())
+			require.EqualValues(t, size, counters.bytesOut.Load())
+		})
+	}
+}
+
+func TestSplicerHalfClose(t *testing.T) {
+	s := newTestSplicer(t)
+	outside, inside, _, ended := splicedPair(t, s, 0)
+	require.NoError(t, outside.CloseWrite())
+	_, err := inside.Read(make([]byte, 1))
+	require.ErrorIs(t, err, io.EOF)
+	for range 3 { // the other direction goes on
+		_, err = inside.Write([]byte("x"))
+		require.NoError(t, err)
+		_, err = io.ReadFull(outside, make([]byte, 1))
+		require.NoError(t, err)
+	}
+	select {
+	case how := <-ended:
+		t.Fatal(how)
+	case <-time.After(20 * time.Millisecond):
+	}
+	require.NoError(t, inside.Close())
+	_, err = outside.Read(make([]byte, 1))
+	require.ErrorIs(t, err, io.EOF)
+	require.Equal(t, endClosed, <-ended)
+}
+
+// RST is passed on as RST, also where one direction has ended already, and while
+// nobody reads or writes.
+func TestSplicerReset(t *testing.T) {
+	s := newTestSplicer(t)
+	for _, halfClosed := range []bool{false, true} {
+		for _, side := range []int{0, 1} {
+			outside, inside, _, ended := splicedPair(t, s, 0)
+			ends := []*net.TCPConn{outside, inside}
+			if halfClosed {
+				require.NoError(t, ends[side].CloseWrite())
+				_, err := ends[1-side].Read(make([]byte, 1))
+				require.ErrorIs(t, err, io.EOF)
+			}
+			require.NoError(t, ends[side].SetLinger(0))
+			require.NoError(t, ends[side].Close())
+			require.Equal(t, endOf(side), <-ended)
+			_, err := ends[1-side].Write([]byte("x"))
+			if err == nil {
+				_, err = ends[1-side].Read(make([]byte, 1))
+			}
+			require.True(t, errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE), "%v", err)
+		}
+	}
+}
+
+// A receiver that doesn't read holds a pipe, and when it is gone the pipe is too:
+// the ration is shared with the user's other programs (pipe(7)).
+func TestSplicerPipesAreRationed(t *testing.T) {
+	s := newTestSplicer(t)
+	var conns []*net.TCPConn
+	for range 40 {
+		outside, _, _, _ := splicedPair(t, s, 0)
+		conns = append(conns, outside)
+		outside.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+		buf := make([]byte, 1<<20)
+		for {
+			if _, err := outside.Write(buf); err != nil {
+				break
+			}
+		}
+	}
+	s.pipes.mu.Lock()
+	pages, limit := s.pipes.pages, s.pipes.limit
+	s.pipes.mu.Unlock()
+	require.Positive(t, pages)
+	require.LessOrEqual(t, pages, limit)
+	for _, c := range conns {
+		c.SetLinger(0)
+		c.Close()
+	}
+	require.Eventually(t, func() bool {
+		s.pipes.mu.Lock()
+		defer s.pipes.mu.Unlock()
+		return s.pipes.pages <= keptPipes*(pipePages+pipePagesBulk)
+	}, 5*time.Second, 10*time.Millisecond)
+}
+
+// An accepted socket inherits the listener's options, so that none has to be set
+// for each connection.
+func TestKernelAcceptedSocketInheritsOptions(t *testing.T) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	require.NoError(t, err)
+	defer unix.Close(fd)
+	require.NoError(t, prepareTCP(fd))
+	require.NoError(t, unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}))
+	require.NoError(t, unix.Listen(fd, 1))
+	at, err := unix.Getsockname(fd)
+	require.NoError(t, err)
+	c, err := net.Dial("tcp", addrPortOf(at).String())
+	require.NoError(t, err)
+	defer c.Close()
+	a, _, err := unix.Accept4(fd, unix.SOCK_CLOEXEC)
+	require.NoError(t, err)
+	defer unix.Close(a)
+	for _, o := range append(keepAliveOptions(), option{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1}) {
+		v, err := unix.GetsockoptInt(a, o.level, o.name)
+		require.NoError(t, err)
+		require.Equal(t, o.value, v, "option %d/%d", o.level, o.name)
+	}
+}
+
+// What a short write leaves over is kept, and is no error.
+func TestSplicedHalfShortWrite(t *testing.T) {
+	socketPair := func() [2]int {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		require.NoError(t, err)
+		t.Cleanup(func() { unix.Close(fds[0]); unix.Close(fds[1]) })
+		return fds
+	}
+	src, dst := socketPair(), socketPair()
+	require.NoError(t, unix.SetsockoptInt(dst[0], unix.SOL_SOCKET, unix.SO_SNDBUF, 4608))
+	const size = bufferSize - 1 // not yet bulk
+	_, err := unix.Write(src[0], make([]byte, size))
+	require.NoError(t, err)
+
+	var pipes pipePool
+	h := splicedHalf{src: src[1], dst: dst[0]}
+	received, drained := 0, make([]byte, size)
+	for w, short := waits(0), 0; w != waitsRead; {
+		var spliceErr *spliceError
+		w, spliceErr = h.run(&pipes, make([]byte, bufferSize))
+		require.Nil(t, spliceErr)
+		if w == waitsWrite {
+			short++
+			require.NotEmpty(t, h.rest)
+		} else {
+			require.Positive(t, short)
+		}
+		n, err := unix.Read(dst[1], drained)
+		require.NoError(t, err)
+		received += n
+	}
+	require.Equal(t, size, received)
+	require.Empty(t, h.rest)
+}
