@@ -288,7 +288,8 @@ func (e *tcpEngine) serveLeft(to *tcpTarget, fd int) {
 		e.log.Warn("connection refused", "err", err)
 		return
 	}
-	e.serveIn(to, c.(*net.TCPConn))
+	tcp := c.(*net.TCPConn)
+	e.serveIn(to, tcp, e.paths.routes(to.rule.rule, clientOf(tcp), to.port))
 }
 
 // addrPortOf returns the address of a TCP peer.
