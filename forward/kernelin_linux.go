@@ -288,8 +288,7 @@ func (e *tcpEngine) serveLeft(to *tcpTarget, fd int) {
 		e.log.Warn("connection refused", "err", err)
 		return
 	}
-	tcp := c.(*net.TCPConn)
-	e.serveIn(to, tcp, e.paths.routes(to.rule.rule, clientOf(tcp), to.port))
+	e.serveIn(to, c.(*net.TCPConn))
 }
 
 // addrPortOf returns the address of a TCP peer.

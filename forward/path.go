@@ -31,13 +31,9 @@ type tapDialer struct{ stack *stack.Stack }
 
 // DialTCP is [stack.Stack.DialTCP].
 func (d tapDialer) DialTCP(ctx context.Context, src, dst netip.AddrPort) (flowConn, error) {
-	return asFlowConn(d.stack.DialTCP(ctx, src, dst))
-}
-
-// asFlowConn makes no typed nil of an error.
-func asFlowConn(c *stack.Conn, err error) (flowConn, error) {
+	c, err := d.stack.DialTCP(ctx, src, dst)
 	if err != nil {
-		return nil, err
+		return nil, err // no typed nil
 	}
 	return c, nil
 }
@@ -68,8 +64,6 @@ type route struct {
 	path     Datapath
 	dialer   dialer
 	src, dst netip.AddrPort
-	// started is the rest of dialling, if start began it.
-	started func(context.Context) (*stack.Conn, error)
 }
 
 // routes chooses the path, the source and the destination for a new inbound
@@ -181,27 +175,12 @@ func dial(ctx context.Context, routes []route) (flowConn, route, error) {
 	return nil, route{}, first
 }
 
-// start begins to connect, where that can be done without waiting: the container
-// then accepts connections in the order in which their clients came.
-func (r *route) start() {
-	if tap, ok := r.dialer.(tapDialer); ok {
-		r.started = tap.stack.StartTCP(r.src, r.dst)
-	}
-}
-
 // dial connects. A client whose port is taken, since it uses the same for two
 // forwards to one server, keeps its address and gets another port.
 func (r route) dial(ctx context.Context) (flowConn, error) {
-	c, err := r.dialOnce(ctx)
+	c, err := r.dialer.DialTCP(ctx, r.src, r.dst)
 	if errors.Is(err, syscall.EADDRINUSE) || errors.Is(err, syscall.EADDRNOTAVAIL) {
 		return r.dialer.DialTCP(ctx, netip.AddrPortFrom(r.src.Addr(), 0), r.dst)
 	}
 	return c, err
-}
-
-func (r route) dialOnce(ctx context.Context) (flowConn, error) {
-	if r.started == nil {
-		return r.dialer.DialTCP(ctx, r.src, r.dst)
-	}
-	return asFlowConn(r.started(ctx))
 }

@@ -164,7 +164,11 @@ func (e *tcpEngine) acceptLoop(l *tcpListener, ln streamListener) {
 		switch {
 		case err == nil:
 			delay = minDelay
-			e.accepted(l.to.Load(), c.(flowConn))
+			if e.enter() {
+				go e.serve(l.to.Load(), c.(flowConn))
+			} else {
+				abort(c)
+			}
 		case errors.Is(err, net.ErrClosed):
 			return
 		default:
@@ -182,47 +186,26 @@ func (e *tcpEngine) acceptLoop(l *tcpListener, ln streamListener) {
 	}
 }
 
-// accepted takes one connection, and begins to connect it on the accepting
-// goroutine.
-func (e *tcpEngine) accepted(to *tcpTarget, c flowConn) {
-	client := clientOf(c)
-	if !e.enter() {
-		abort(c)
-		return
-	}
-	if !to.rule.admit(client.Addr()) {
-		abort(c)
-		e.wg.Done()
-		return
-	}
-	if to.rule.rule.Dir == Out {
-		go e.serve(to, c, nil)
-		return
-	}
-	routes := e.paths.routes(to.rule.rule, client, to.port)
-	if len(routes) > 0 {
-		routes[0].start()
-	}
-	go e.serve(to, c, routes)
-}
-
 // serve carries one accepted connection, in the direction of its rule.
-func (e *tcpEngine) serve(to *tcpTarget, c flowConn, routes []route) {
+func (e *tcpEngine) serve(to *tcpTarget, c flowConn) {
 	defer e.wg.Done()
+	if !to.rule.admit(clientOf(c).Addr()) {
+		abort(c)
+		return
+	}
 	defer to.rule.end()
 	if to.rule.rule.Dir == Out {
 		e.serveOut(to, c)
 	} else {
-		e.serveIn(to, c, routes)
+		e.serveIn(to, c)
 	}
 }
 
-// serveIn carries a connection from the host into the namespace, by the first of
-// its routes that leads to a server.
-func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn, routes []route) {
+// serveIn carries a connection from the host into the namespace.
+func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn) {
 	client := clientOf(c)
 	ctx, cancel := context.WithTimeout(to.rule.ctx, dialTimeout)
-	inner, r, err := dial(ctx, routes)
+	inner, r, err := dial(ctx, e.paths.routes(to.rule.rule, client, to.port))
 	cancel()
 	log := e.log.With("client", client, "forward", c.LocalAddr(), "path", r.path)
 	if err != nil {

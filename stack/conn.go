@@ -59,91 +59,59 @@ func newConn(s *Stack, ep tcpip.Endpoint, wq *waiter.Queue, local, remote netip.
 // The error is a [net.OpError] around the errno that connect(2) would give:
 // ECONNREFUSED, EHOSTUNREACH, ETIMEDOUT, EADDRINUSE.
 func (s *Stack) DialTCP(ctx context.Context, src, dst netip.AddrPort) (*Conn, error) {
-	return s.StartTCP(src, dst)(ctx)
-}
-
-// StartTCP is the part of DialTCP that does not wait: it sends the SYN. What it
-// returns is the rest, and must be called once. Who starts connections in the order
-// in which they were accepted lets the container accept them in that order, too.
-func (s *Stack) StartTCP(src, dst netip.AddrPort) (finish func(context.Context) (*Conn, error)) {
-	d := &dialing{stack: s, src: src, dst: dst}
-	d.connected, d.done = waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventHUp | waiter.EventErr)
-	d.err = d.start()
-	return d.finish
-}
-
-// dialing is a connection whose SYN was sent, or why it was not.
-type dialing struct {
-	stack     *Stack
-	src, dst  netip.AddrPort
-	ep        tcpip.Endpoint // nil after an error
-	wq        waiter.Queue
-	connected waiter.Entry
-	done      chan struct{}
-	err       error
-}
-
-func (d *dialing) finish(ctx context.Context) (*Conn, error) {
-	c, err := d.wait(ctx)
+	c, err := s.dialTCP(ctx, src, dst)
 	if err != nil {
-		return nil, &net.OpError{Op: "dial", Net: "tcp", Source: net.TCPAddrFromAddrPort(d.src), Addr: net.TCPAddrFromAddrPort(d.dst), Err: err}
+		return nil, &net.OpError{Op: "dial", Net: "tcp", Source: net.TCPAddrFromAddrPort(src), Addr: net.TCPAddrFromAddrPort(dst), Err: err}
 	}
 	return c, nil
 }
 
-func (d *dialing) start() error {
-	if d.src.Addr().Is4() != d.dst.Addr().Is4() {
-		return syscall.EAFNOSUPPORT
+func (s *Stack) dialTCP(ctx context.Context, src, dst netip.AddrPort) (*Conn, error) {
+	if src.Addr().Is4() != dst.Addr().Is4() {
+		return nil, syscall.EAFNOSUPPORT
 	}
 	proto := ipv4.ProtocolNumber
-	if d.dst.Addr().Is6() {
+	if dst.Addr().Is6() {
 		proto = ipv6.ProtocolNumber
 	}
-	ep, terr := d.stack.net.NewEndpoint(tcp.ProtocolNumber, proto, &d.wq)
+	var wq waiter.Queue
+	ep, terr := s.net.NewEndpoint(tcp.ProtocolNumber, proto, &wq)
 	if terr != nil {
-		return errno(terr)
+		return nil, errno(terr)
 	}
 	// One client port may have connections to several ports of the container:
 	// to gVisor this option says that only the 4-tuple must be unique.
 	ep.SocketOptions().SetReuseAddress(true)
-	if terr := ep.Bind(tcpip.FullAddress{NIC: nicID, Addr: tcpipAddr(d.src.Addr()), Port: d.src.Port()}); terr != nil {
+	if terr := ep.Bind(tcpip.FullAddress{NIC: nicID, Addr: tcpipAddr(src.Addr()), Port: src.Port()}); terr != nil {
 		ep.Close()
-		return errno(terr)
-	}
-	d.wq.EventRegister(&d.connected)
-	terr = ep.Connect(tcpip.FullAddress{NIC: nicID, Addr: tcpipAddr(d.dst.Addr()), Port: d.dst.Port()})
-	if _, started := terr.(*tcpip.ErrConnectStarted); !started {
-		ep.Close()
-		return errno(terr)
-	}
-	d.ep = ep
-	return nil
-}
-
-func (d *dialing) wait(ctx context.Context) (*Conn, error) {
-	if d.err != nil {
-		return nil, d.err
-	}
-	defer d.wq.EventUnregister(&d.connected)
-	select {
-	case <-d.done:
-	case <-ctx.Done():
-		d.ep.Abort()
-		return nil, ctx.Err()
-	case <-d.stack.ctx.Done():
-		d.ep.Abort()
-		return nil, net.ErrClosed
-	}
-	if terr := d.ep.LastError(); terr != nil {
-		d.ep.Close()
 		return nil, errno(terr)
 	}
-	local, terr := d.ep.GetLocalAddress()
+	connected, done := waiter.NewChannelEntry(waiter.WritableEvents | waiter.EventHUp | waiter.EventErr)
+	wq.EventRegister(&connected)
+	defer wq.EventUnregister(&connected)
+	terr = ep.Connect(tcpip.FullAddress{NIC: nicID, Addr: tcpipAddr(dst.Addr()), Port: dst.Port()})
+	if _, started := terr.(*tcpip.ErrConnectStarted); started {
+		select {
+		case <-done:
+			terr = ep.LastError()
+		case <-ctx.Done():
+			ep.Abort()
+			return nil, ctx.Err()
+		case <-s.ctx.Done():
+			ep.Abort()
+			return nil, net.ErrClosed
+		}
+	}
 	if terr != nil {
-		d.ep.Close()
+		ep.Close()
 		return nil, errno(terr)
 	}
-	return newConn(d.stack, d.ep, &d.wq, netip.AddrPortFrom(d.src.Addr(), local.Port), d.dst), nil
+	local, terr := ep.GetLocalAddress()
+	if terr != nil {
+		ep.Close()
+		return nil, errno(terr)
+	}
+	return newConn(s, ep, &wq, netip.AddrPortFrom(src.Addr(), local.Port), dst), nil
 }
 
 // Read reads what the container sent.
