@@ -51,7 +51,7 @@ func (f *Forwarder) Capture(ctx context.Context, id int, w io.Writer) error {
 	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, udpBuffer)
 	sock := os.NewFile(uintptr(fd), "packet socket")
 	defer sock.Close()
-	end := func() { sock.SetReadDeadline(time.Unix(1, 0)) }
+	end := func() { _ = sock.SetReadDeadline(time.Unix(1, 0)) }
 	defer context.AfterFunc(ctx, end)()
 	defer context.AfterFunc(f.ctx, end)()
 	return captureFrames(sock, match, w)

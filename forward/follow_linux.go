@@ -30,10 +30,9 @@ const (
 
 // follower is the goroutine's, but for wake.
 type follower struct {
-	wake    chan struct{} // nil until it runs; guarded by ruleSet.changing
-	diags   [2]*netnsutil.SockDiag
-	scratch []netnsutil.Listener
-	warned  bool
+	wake   chan struct{} // nil until it runs; guarded by ruleSet.changing
+	diags  [2]*netnsutil.SockDiag
+	warned bool
 }
 
 // follow binds the ports of a rule that follows something, and goes on doing so.

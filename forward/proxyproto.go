@@ -15,8 +15,9 @@ const proxySignature = "\r\n\r\n\x00\r\nQUIT\n"
 // writeProxyHeader tells the server at the other end of inner who is at the other
 // end of outer, and where that connected to.
 func writeProxyHeader(inner net.Conn, outer net.Conn) error {
-	inner.SetWriteDeadline(time.Now().Add(dialTimeout))
-	defer inner.SetWriteDeadline(time.Time{})
+	if err := inner.SetWriteDeadline(time.Now().Add(dialTimeout)); err != nil {
+		return fmt.Errorf("write PROXY header: %w", err)
+	}
 	var client, local netip.AddrPort
 	if _, ok := outer.RemoteAddr().(*net.TCPAddr); ok {
 		client = clientOf(outer)
@@ -25,7 +26,7 @@ func writeProxyHeader(inner net.Conn, outer net.Conn) error {
 	if _, err := inner.Write(proxyHeader(client, local)); err != nil {
 		return fmt.Errorf("write PROXY header: %w", err)
 	}
-	return nil
+	return inner.SetWriteDeadline(time.Time{})
 }
 
 // proxyHeader returns the header for a connection from client to local, both of

@@ -313,7 +313,7 @@ func (r Rule) checkSockets() error {
 	switch {
 	case r.Socket == "":
 	case kind != "unix" && kind != "systemd" && kind != "fd":
-		return fmt.Errorf("socket %q begins with none of unix:, systemd: and fd:", r.Socket)
+		return fmt.Errorf("socket %q is none of unix:PATH, systemd:NAME and fd:NAME", r.Socket)
 	case name == "":
 		return fmt.Errorf("socket %q has no name", r.Socket)
 	case !printable(name):

@@ -186,8 +186,7 @@ func parseConfig(path string, b []byte) (entries []configEntry, err error) {
 	// What is no TOML the decoder says best; it doesn't tell the lines of what is.
 	var any map[string]any
 	if err := toml.Unmarshal(b, &any); err != nil {
-		var syntax *toml.DecodeError
-		if errors.As(err, &syntax) {
+		if syntax, ok := errors.AsType[*toml.DecodeError](err); ok {
 			line, _ := syntax.Position()
 			return nil, &configError{path, line, errors.New(syntax.Error())}
 		}

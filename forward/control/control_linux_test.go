@@ -368,8 +368,10 @@ func TestEventsAndFlows(t *testing.T) {
 		require.NoError(t, lines.Decode(&e))
 		return e
 	}
-	added, err := r.f.Add(forward.Rule{Proto: forward.TCP, Ports: forward.PortRange{First: 8080, Last: 8080},
-		TargetPorts: forward.PortRange{First: uint16(port), Last: uint16(port)}})
+	added, err := r.f.Add(forward.Rule{
+		Proto: forward.TCP, Ports: forward.PortRange{First: 8080, Last: 8080},
+		TargetPorts: forward.PortRange{First: uint16(port), Last: uint16(port)},
+	})
 	require.NoError(t, err)
 	e := next()
 	require.Equal(t, forward.ForwardAdded, e.Type)
@@ -405,7 +407,7 @@ func TestEventsAndFlows(t *testing.T) {
 func TestMetrics(t *testing.T) {
 	r := newRig(t)
 	port := r.server(t)
-	_, body := r.do(t, "PUT", "/v1/ports", fmt.Sprintf(`{"forwards":["8080:%d"]}`, port))
+	r.do(t, "PUT", "/v1/ports", fmt.Sprintf(`{"forwards":["8080:%d"]}`, port))
 	c := r.echo(t, "127.0.0.1:8080")
 	defer c.Close()
 	code, body := r.do(t, "GET", "/metrics", "")
