@@ -45,6 +45,7 @@ type options struct {
 	readyFD   int
 	exitFD    int
 	quiet     bool
+	noSandbox bool
 	logLevel  string
 	logFormat string
 
@@ -141,6 +142,7 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 	process.BoolVarP(&o.quiet, "quiet", "q", false, "print only warnings and errors")
 	process.StringVar(&o.logLevel, "log-level", "info", "`debug|info|warn|error`: log from here on; debug logs every connection")
 	process.StringVar(&o.logFormat, "log-format", "text", "`text|json`: how to log")
+	process.BoolVar(&o.noSandbox, "no-sandbox", false, "keep all privileges while running")
 	process.BoolVar(&o.inner, "inner", false, "")
 	process.StringVar(&o.innerNetNS, "inner-netns", "", "")
 	process.StringArrayVar(&o.innerSockets, "inner-socket", nil, "")

@@ -38,6 +38,7 @@ type inner struct {
 	ns      *netnsutil.NS
 	sockets []forward.Socket // that systemd passed
 	own     chan os.Signal   // that this process got, if it is one of its own
+	keep    *sandbox         // nil: everything
 
 	// Set by start.
 	forwarder *forward.Forwarder
@@ -88,6 +89,9 @@ func newInner(o *options) (*inner, error) {
 		if i.ns, err = netnsutil.FromFile(f, o.innerNetNS); err != nil {
 			return nil, err
 		}
+	}
+	if !o.noSandbox {
+		i.keep = &sandbox{kill: i.ns == nil}
 	}
 	// Orders come through the link alone, but we have to live on. What is
 	// ignored, rather than caught, would be ignored by COMMAND too.
@@ -207,8 +211,13 @@ func (i *inner) close() error {
 	return i.forwarder.Close()
 }
 
-// ready tells outer that everything is up.
+// ready tells outer that everything is up, and gives up what that took.
 func (i *inner) ready() error {
+	if i.keep != nil {
+		if err := i.keep.enter(); err != nil {
+			return err
+		}
+	}
 	if i.opts.detachedFD >= 0 {
 		if err := releaseStdio(); err != nil {
 			return err

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -154,6 +155,15 @@ func (u *outer) close() {
 	for _, s := range u.sockets {
 		s.File.Close()
 	}
+}
+
+// namesIn returns the directories from which close removes files.
+func (u *outer) namesIn() []string {
+	dirs := []string{filepath.Dir(u.socket.path)}
+	if u.pid != nil {
+		dirs = append(dirs, filepath.Dir(u.pid.own.path))
+	}
+	return dirs
 }
 
 // inside is the inner side as outer sees it: its end of the link, and how it
@@ -350,6 +360,10 @@ func (u *outer) serveHere(ctx context.Context, ns *netnsutil.NS) (*inside, error
 	i := &inner{opts: u.opts, log: u.log, link: theirs, control: u.control, ns: ns, sockets: u.sockets}
 	if u.capture != nil {
 		i.capture = u.capture
+	}
+	// With --follow this process will start again from the beginning.
+	if !u.opts.noSandbox && !u.opts.follow {
+		i.keep = &sandbox{removeFrom: u.namesIn()}
 	}
 	go in.attachHere(ctx, i)
 	return in, nil

@@ -39,10 +39,11 @@ func (m inScripts) Run() int {
 
 // programs are what scripts find in $PATH besides the machine's own.
 var programs = map[string]func(){
-	"gofwd":    main,
-	"serve":    serveMain,
-	"fetch":    fetchMain,
-	"notified": notifiedMain,
+	"gofwd":     main,
+	"serve":     serveMain,
+	"fetch":     fetchMain,
+	"notified":  notifiedMain,
+	"sandboxed": sandboxedMain,
 }
 
 func TestScripts(t *testing.T) {

@@ -1,0 +1,191 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"path/filepath"
+	"slices"
+
+	"github.com/elastic/go-seccomp-bpf"
+	"github.com/elastic/go-seccomp-bpf/arch"
+	"github.com/landlock-lsm/go-landlock/landlock"
+	ll "github.com/landlock-lsm/go-landlock/landlock/syscall"
+	"golang.org/x/sys/unix"
+	"kernel.org/pub/linux/libs/security/libcap/cap"
+)
+
+// Once everything is up, the process that forwards gives up what it needs no
+// more, in phases of which each stands by itself:
+//
+//	capabilities   three are left, over the container's user namespace
+//	no_new_privs   no program gives more, and no program can be started anyway
+//	Landlock       files are for reading, and only some (as far as the kernel can)
+//	seccomp        a list of system calls; others fail with EPERM
+//
+// All of it is for the whole process: its threads share their memory, so that one
+// with more rights would give them to all. It comes after COMMAND has been
+// started, which is not concerned.
+
+// sandbox is what a process keeps.
+type sandbox struct {
+	// kill keeps CAP_KILL: for a COMMAND that changed its uid.
+	kill bool
+	// removeFrom are the directories of files that have to go at the end.
+	removeFrom []string
+}
+
+// enter gives up the rest. The error names the phase.
+func (s *sandbox) enter() error {
+	for _, phase := range []struct {
+		name string
+		do   func() error
+	}{
+		{"drop capabilities", s.dropCapabilities},
+		{"set no_new_privs", setNoNewPrivs},
+		{"restrict file access", s.restrictFiles},
+		{"restrict system calls", restrictSyscalls},
+	} {
+		if err := phase.do(); err != nil {
+			return &hintedError{fmt.Errorf("enter sandbox: %s: %w", phase.name, err), "--no-sandbox does without"}
+		}
+	}
+	return nil
+}
+
+// dropCapabilities keeps what entering the namespace takes (setns(2)), what
+// transparent sockets, routes and nf_tables take there, and ports below 1024 on
+// its side.
+func (s *sandbox) dropCapabilities() error {
+	keep := []cap.Value{cap.SYS_ADMIN, cap.NET_ADMIN, cap.NET_BIND_SERVICE}
+	if s.kill {
+		keep = append(keep, cap.KILL)
+	}
+	now, set := cap.GetProc(), cap.NewSet()
+	for _, c := range keep {
+		have, err := now.GetFlag(cap.Permitted, c)
+		if err != nil {
+			return err
+		}
+		if !have {
+			continue
+		}
+		if err := errors.Join(set.SetFlag(cap.Permitted, true, c), set.SetFlag(cap.Effective, true, c)); err != nil {
+			return err
+		}
+	}
+	return set.SetProc()
+}
+
+// setNoNewPrivs sets it for all threads.
+func setNoNewPrivs() error {
+	_, err := cap.Prctlw(unix.PR_SET_NO_NEW_PRIVS, 1)
+	return err
+}
+
+// restrictFiles leaves the files that are read while gofwd runs: resolv.conf,
+// which may be a link to anywhere and is replaced as a whole; proc, for the
+// namespaces and sockets of processes; and time zones, for the log.
+func (s *sandbox) restrictFiles() error {
+	const read = landlock.AccessFSSet(ll.AccessFSReadFile | ll.AccessFSReadDir)
+	readable := []string{"/etc", "/run", "/proc", "/usr/share/zoneinfo"}
+	if target, err := filepath.EvalSymlinks(resolvConfPath); err == nil {
+		readable = append(readable, filepath.Dir(target))
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	rules := []landlock.Rule{
+		landlock.PathAccess(read, readable...).IgnoreIfMissing(),
+		landlock.RWFiles("/dev/null").IgnoreIfMissing(),
+	}
+	if len(s.removeFrom) > 0 {
+		rules = append(rules, landlock.PathAccess(landlock.AccessFSSet(ll.AccessFSRemoveFile), s.removeFrom...))
+	}
+	return landlock.V5.BestEffort().RestrictPaths(rules...)
+}
+
+// allowedSyscalls are those of the Go runtime, and what gofwd's files do. Some
+// exist on one architecture only.
+var allowedSyscalls = map[string][]string{
+	"relay, UDP and tap": {
+		"read", "write", "readv", "writev", "splice", "recvmmsg", "sendmmsg", "recvmsg", "sendmsg",
+		"recvfrom", "sendto", "epoll_pwait", "epoll_pwait2", "epoll_wait", "epoll_ctl", "ppoll", "poll",
+	},
+	"memory and threads": {
+		"futex", "mmap", "munmap", "mprotect", "mremap", "madvise", "mincore", "brk", "membarrier", "rseq",
+		"set_robust_list", "sched_yield", "sched_getaffinity", "nanosleep", "clock_nanosleep", "clock_gettime",
+		"gettimeofday", "getrandom", "restart_syscall", "exit", "exit_group", "prctl", "arch_prctl",
+		"timer_create", "timer_settime", "timer_delete", "sysinfo", "uname", "getrlimit", "prlimit64", "getrusage",
+	},
+	"signals": {
+		"rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "tgkill", "tkill", "kill",
+		"gettid", "getpid", "getppid", "getpgrp", "getpgid", "setitimer",
+	},
+	"COMMAND and orphans": {"wait4", "waitid", "pidfd_open", "pidfd_send_signal"},
+	"sockets": {
+		"socketpair", "bind", "listen", "accept", "accept4", "connect", "shutdown",
+		"getsockname", "getpeername", "getsockopt", "setsockopt",
+	},
+	"descriptors": {
+		"close", "close_range", "dup", "dup2", "dup3", "fcntl", "ioctl", "pipe2", "eventfd2", "epoll_create1", "lseek",
+		"pread64", "pwrite64", "tee", "vmsplice", "sendfile", "copy_file_range", "ftruncate", "fallocate", "fsync",
+	},
+	"files, as far as Landlock lets": {
+		"open", "openat", "openat2", "access", "faccessat", "faccessat2", "stat", "lstat", "fstat", "newfstatat", "statx",
+		"statfs", "fstatfs", "readlink", "readlinkat", "getdents64", "getcwd", "unlink", "unlinkat", "flock",
+		"inotify_init1", "inotify_add_watch", "inotify_rm_watch",
+	},
+	"identity": {
+		"getuid", "geteuid", "getgid", "getegid", "getresuid", "getresgid", "getgroups", "capget", "umask",
+	},
+}
+
+// restrictSyscalls allows nothing but what is in the list, for all threads. What
+// makes a process into another one (execve, fork, ptrace), and what changes the
+// system rather than one network namespace (mount, bpf, kexec), is not in it.
+func restrictSyscalls() error {
+	here, err := arch.GetInfo("")
+	if err != nil {
+		return err
+	}
+	var names []string
+	// The hot ones come first: before Linux 5.11 a filter is a walk through
+	// the list (seccomp: add bitmap cache support, f9d480b6ffbe).
+	const hot = "relay, UDP and tap"
+	for _, group := range append([]string{hot}, slices.Sorted(maps.Keys(allowedSyscalls))...) {
+		for _, name := range allowedSyscalls[group] {
+			if _, ok := here.SyscallNames[name]; ok && !slices.Contains(names, name) {
+				names = append(names, name)
+			}
+		}
+	}
+	with := func(name string, op seccomp.Operation, argument uint32, value uint64) seccomp.NameWithConditions {
+		return seccomp.NameWithConditions{Name: name, Conditions: seccomp.ArgumentConditions{
+			{Argument: argument, Operation: op, Value: value},
+		}}
+	}
+	return seccomp.LoadFilter(seccomp.Filter{
+		Flag: seccomp.FilterFlagTSync,
+		Policy: seccomp.Policy{
+			DefaultAction: seccomp.ActionErrno,
+			Syscalls: []seccomp.SyscallGroup{{
+				Action: seccomp.ActionAllow,
+				Names:  names,
+				NamesWithCondtions: []seccomp.NameWithConditions{
+					with("clone", seccomp.BitsSet, 0, unix.CLONE_THREAD),
+					with("setns", seccomp.Equal, 1, unix.CLONE_NEWNET),
+					with("socket", seccomp.Equal, 0, unix.AF_UNIX),
+					with("socket", seccomp.Equal, 0, unix.AF_INET),
+					with("socket", seccomp.Equal, 0, unix.AF_INET6),
+					with("socket", seccomp.Equal, 0, unix.AF_NETLINK),
+				},
+			}, {
+				// Its flags are in memory, where no filter looks;
+				// the C library takes clone instead.
+				Action: seccomp.ActionErrno | seccomp.Action(unix.ENOSYS),
+				Names:  []string{"clone3"},
+			}},
+		},
+	})
+}
