@@ -165,12 +165,16 @@ func TestControlByCurl(t *testing.T) {
 	code, body = g.curl(t, tp.host, "GET", "/metrics", "")
 	require.Equal(t, "200", code)
 	require.Regexp(t, `(?m)^gofwd_flows_total\{forward="1",rule="8080:80/tcp",path="\w+"\} 1$`, body)
-	// A busy port: who has it.
+	// A busy port, and enough to find out who has it: gofwd in its sandbox
+	// may not look.
 	holder := tp.host.listenTCP(t, ipv4.any, 8090)
 	defer holder.Close()
 	code, body = g.curl(t, tp.host, "POST", "/v1/ports", `{"proto":"tcp","parentPort":8090,"childPort":80}`)
 	require.Equal(t, "409", code)
-	require.Contains(t, body, fmt.Sprintf("(pid %d)", os.Getpid()))
+	require.Contains(t, body, "bind host port 8090/tcp: in use")
+	require.Contains(t, body, `"busy":{"op":"bind host port","rule":{"dir":"in","proto":"tcp","ports":"8090"`)
+	r := tp.host.runCmd(t, gofwdCmd("ports", "add", "--name", g.name, "8090:80"))
+	requireOneLine(t, r, 1, fmt.Sprintf(`8090/tcp: in use by .* \(pid %d\); stop what uses it`, os.Getpid()))
 }
 
 // TestChangesRefuseNobody repeats what pesto was measured at: a hundred changes of

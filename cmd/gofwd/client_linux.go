@@ -14,6 +14,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/gofwd/gofwd/forward"
+	"github.com/gofwd/gofwd/forward/control"
 )
 
 // client speaks to the control socket of one instance. The API is described in
@@ -108,10 +112,14 @@ func (c *client) open(ctx context.Context, method, path string, in any) (io.Read
 	}
 	defer resp.Body.Close()
 	var failure struct {
-		Message string `json:"message"`
+		Message string        `json:"message"`
+		Busy    *control.Busy `json:"busy"`
 	}
 	if err := json.NewDecoder(resp.Body).Decode(&failure); err != nil || failure.Message == "" {
 		failure.Message = resp.Status
+	}
+	if b := failure.Busy; b != nil {
+		return nil, forward.NameHolder(&forward.Error{Op: b.Op, Rule: b.Rule, Err: unix.EADDRINUSE})
 	}
 	return nil, errors.New(failure.Message)
 }

@@ -132,7 +132,7 @@ func (i *inner) start(ctx context.Context) error {
 	f, err := startRetrying(ctx, cfg, i.opts.retryPorts)
 	var onRule *forward.Error
 	if errors.As(err, &onRule) && errors.Is(err, unix.EADDRINUSE) && i.spawned() {
-		i.tell(message{Busy: &busyPort{onRule.Op, onRule.Rule}})
+		i.tell(message{Busy: &control.Busy{Op: onRule.Op, Rule: onRule.Rule}})
 		return exitStatus(exitFailure)
 	} else if err != nil {
 		return err

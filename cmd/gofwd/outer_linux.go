@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/gofwd/gofwd/forward"
+	"github.com/gofwd/gofwd/forward/control"
 	"github.com/gofwd/gofwd/netnsutil"
 )
 
@@ -57,12 +58,7 @@ type message struct {
 	Ready bool `json:"ready,omitempty"`
 	// Busy is why everything is to end: a port that somebody else has.
 	// Who, outer may find out, and inner may not.
-	Busy *busyPort `json:"busy,omitempty"`
-}
-
-type busyPort struct {
-	Op   string       `json:"op"`
-	Rule forward.Rule `json:"rule"`
+	Busy *control.Busy `json:"busy,omitempty"`
 }
 
 // firstInnerFD is the first descriptor that a spawned inner process takes over:

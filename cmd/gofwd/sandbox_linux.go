@@ -19,7 +19,7 @@ import (
 // Once everything is up, the process that forwards gives up what it needs no
 // more, in phases of which each stands by itself:
 //
-//	capabilities   three are left, over the container's user namespace
+//	capabilities   four are left, over the container's user namespace
 //	no_new_privs   no program gives more, and no program can be started anyway
 //	Landlock       files are for reading, and only some (as far as the kernel can)
 //	seccomp        a list of system calls; others fail with EPERM
@@ -54,11 +54,11 @@ func (s *sandbox) enter() error {
 	return nil
 }
 
-// dropCapabilities keeps what entering the namespace takes (setns(2)), what
-// transparent sockets, routes and nf_tables take there, and ports below 1024 on
-// its side.
+// dropCapabilities keeps what entering the namespace takes (setns(2)), and what
+// transparent sockets, routes, nf_tables, captures and ports below 1024 take
+// there.
 func (s *sandbox) dropCapabilities() error {
-	keep := []cap.Value{cap.SYS_ADMIN, cap.NET_ADMIN, cap.NET_BIND_SERVICE}
+	keep := []cap.Value{cap.SYS_ADMIN, cap.NET_ADMIN, cap.NET_RAW, cap.NET_BIND_SERVICE}
 	if s.kill {
 		keep = append(keep, cap.KILL)
 	}
@@ -179,6 +179,7 @@ func restrictSyscalls() error {
 					with("socket", seccomp.Equal, 0, unix.AF_INET),
 					with("socket", seccomp.Equal, 0, unix.AF_INET6),
 					with("socket", seccomp.Equal, 0, unix.AF_NETLINK),
+					with("socket", seccomp.Equal, 0, unix.AF_PACKET),
 				},
 			}, {
 				// Its flags are in memory, where no filter looks;

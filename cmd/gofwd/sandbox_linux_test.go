@@ -35,6 +35,7 @@ remove own file: ok
 enter namespace: ok
 make transparent socket: ok
 make netlink socket: ok
+make packet socket: ok
 listen: ok
 start threads: ok
 read a program: permission denied
@@ -46,7 +47,7 @@ become a program: operation not permitted
 mount: operation not permitted
 make a user namespace: operation not permitted
 enter another kind of namespace: operation not permitted
-make a packet socket: operation not permitted
+make a socket of another kind: operation not permitted
 trace: operation not permitted
 become somebody: operation not permitted
 `, string(out))
@@ -69,6 +70,9 @@ func sandboxedMain() {
 		{"enter namespace", func() error { return ns.Do(func() error { return nil }) }},
 		{"make transparent socket", func() error { return ns.Do(transparentSocket) }},
 		{"make netlink socket", func() error { return socket(unix.AF_NETLINK, unix.SOCK_RAW) }},
+		{"make packet socket", func() error {
+			return ns.Do(func() error { return socket(unix.AF_PACKET, unix.SOCK_RAW) })
+		}},
 		{"listen", func() error {
 			l, err := net.Listen("tcp", "127.0.0.1:0")
 			if err != nil {
@@ -87,7 +91,7 @@ func sandboxedMain() {
 		{"mount", func() error { return unix.Mount("none", dir, "tmpfs", 0, "") }},
 		{"make a user namespace", func() error { return unix.Unshare(unix.CLONE_NEWUSER) }},
 		{"enter another kind of namespace", func() error { return unix.Setns(ns.Fd(), 0) }},
-		{"make a packet socket", func() error { return socket(unix.AF_PACKET, unix.SOCK_RAW) }},
+		{"make a socket of another kind", func() error { return socket(unix.AF_ALG, unix.SOCK_SEQPACKET) }},
 		{"trace", func() error { return unix.PtraceAttach(os.Getppid()) }},
 		{"become somebody", func() error { return unix.Setuid(1) }},
 	} {
@@ -155,8 +159,8 @@ func TestSandboxOfRun(t *testing.T) {
 	require.NoError(t, err)
 	all := fmt.Sprintf("%016x", uint64(1)<<(n+1)-1)
 	for _, tt := range []struct{ option, want string }{
-		// CAP_KILL, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_SYS_ADMIN
-		{"--no-sandbox=false", "CapEff:\t0000000000201420\nNoNewPrivs:\t1\nSeccomp:\t2"},
+		// CAP_KILL, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_ADMIN
+		{"--no-sandbox=false", "CapEff:\t0000000000203420\nNoNewPrivs:\t1\nSeccomp:\t2"},
 		{"--no-sandbox", "CapEff:\t" + all + "\nNoNewPrivs:\t0\nSeccomp:\t0"},
 	} {
 		cmd := exec.Command("gofwd", "run", tt.option, "--ready-fd=3", "--", "sh", "-c",

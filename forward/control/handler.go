@@ -82,15 +82,27 @@ type badRequest struct{ error }
 
 func (e badRequest) Unwrap() error { return e.error }
 
+// Busy is the port of an error that is about a port in use. Who has it, the
+// client may be able to find out, and gofwd not: see [forward.NameHolder].
+type Busy struct {
+	Op   string       `json:"op"`
+	Rule forward.Rule `json:"rule"`
+}
+
 // writeError answers with an error, in RootlessKit's shape.
 func writeError(w http.ResponseWriter, err error) {
-	text := err.Error()
-	if hint := forward.Hint(err); hint != "" {
-		text += "; " + hint
-	}
-	writeJSON(w, statusOf(err), struct {
+	answer := struct {
 		Message string `json:"message"`
-	}{text})
+		Busy    *Busy  `json:"busy,omitempty"`
+	}{Message: err.Error()}
+	if hint := forward.Hint(err); hint != "" {
+		answer.Message += "; " + hint
+	}
+	var onRule *forward.Error
+	if errors.As(err, &onRule) && errors.Is(err, syscall.EADDRINUSE) {
+		answer.Busy = &Busy{onRule.Op, onRule.Rule}
+	}
+	writeJSON(w, statusOf(err), answer)
 }
 
 func statusOf(err error) int {
