@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -278,11 +279,10 @@ func (n *node) listenTCP(t *testing.T, a netip.Addr, port uint16) *net.TCPListen
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
 	var l net.Listener
-	err := n.ns.Do(func() (err error) {
+	n.bind(t, func() (err error) {
 		l, err = lc.Listen(context.Background(), "tcp"+network(a), netip.AddrPortFrom(a, port).String())
 		return err
 	})
-	require.NoError(t, err, "in %s", n.name)
 	t.Cleanup(func() { l.Close() })
 	return l.(*net.TCPListener)
 }
@@ -295,15 +295,29 @@ func network(a netip.Addr) string {
 	return "6"
 }
 
+// bind runs listen in the namespace, and once more while the port is in use: a
+// program that another test has forked just now holds all our sockets until it
+// calls execve(2), also those that we have closed since.
+func (n *node) bind(t *testing.T, listen func() error) {
+	t.Helper()
+	var err error
+	for range 200 {
+		if err = n.ns.Do(listen); !errors.Is(err, unix.EADDRINUSE) {
+			break
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	require.NoError(t, err, "in %s", n.name)
+}
+
 // listenUDP binds a UDP socket in the namespace.
 func (n *node) listenUDP(t *testing.T, a netip.Addr, port uint16) *net.UDPConn {
 	t.Helper()
 	var c *net.UDPConn
-	err := n.ns.Do(func() (err error) {
+	n.bind(t, func() (err error) {
 		c, err = net.ListenUDP("udp"+network(a), net.UDPAddrFromAddrPort(netip.AddrPortFrom(a, port)))
 		return err
 	})
-	require.NoError(t, err, "in %s", n.name)
 	t.Cleanup(func() { c.Close() })
 	return c
 }
