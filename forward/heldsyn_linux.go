@@ -40,7 +40,7 @@ type flowKey struct{ src, dst netip.AddrPort }
 
 // releaseTimeout is how long a dialled socket waits for its SYN to be accepted.
 // That takes microseconds, or never happens since the container gave up.
-const releaseTimeout = 10 * time.Second
+const releaseTimeout = 3 * time.Second
 
 // heldBacklog is the backlog of the listeners, cut to net.core.somaxconn of the
 // namespace (listen(2)): 4096 since Linux 5.4.

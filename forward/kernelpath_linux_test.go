@@ -271,3 +271,44 @@ func TestHeldSYNFastOpen(t *testing.T) {
 		}
 	}
 }
+
+// The container's socket is gone when the dial has worked at last: the released
+// SYN is never accepted, and the dialled connection ends. A close in the meantime
+// does not wait for it.
+func TestHeldSYNContainerGivesUp(t *testing.T) {
+	remote := newLAN(t)
+	ln := make(chan net.Listener, 1)
+	within(t, remote, func() {
+		ip(t, "route add blackhole "+host4) // its SYN-ACKs are lost
+		l, err := net.Listen("tcp", remote4+":0")
+		require.NoError(t, err)
+		ln <- l
+	})
+	l := <-ln
+	defer l.Close()
+	ns := newNS(t)
+	f, _ := start(t, Config{NetNS: ns, Datapath: Kernel})
+	within(t, ns, func() {
+		_, err := net.DialTimeout("tcp", l.Addr().String(), 300*time.Millisecond)
+		require.Error(t, err)
+	})
+	require.EqualValues(t, 1, f.Status().Outbound.Active)
+	within(t, remote, func() { ip(t, "route del blackhole "+host4) })
+
+	c, err := l.Accept()
+	require.NoError(t, err)
+	defer c.Close()
+	c.SetReadDeadline(time.Now().Add(2 * releaseTimeout))
+	_, err = c.Read(make([]byte, 1))
+	require.ErrorIs(t, err, syscall.ECONNRESET)
+	require.Eventually(t, func() bool { return f.Status().Outbound.Active == 0 }, time.Second, 10*time.Millisecond)
+
+	within(t, remote, func() { ip(t, "route add blackhole "+host4) })
+	within(t, ns, func() {
+		_, err := net.DialTimeout("tcp", l.Addr().String(), 100*time.Millisecond)
+		require.Error(t, err)
+	})
+	begin := time.Now()
+	require.NoError(t, f.Close())
+	require.Less(t, time.Since(begin), time.Second)
+}
