@@ -127,7 +127,7 @@ func (k *KernelPath) open() (err error) {
 	}
 	// One lasting connection: later, the process may not enter the
 	// namespace any more.
-	nft, err := nftables.New(nftables.WithNetNSFd(k.ns.Fd()), nftables.AsLasting())
+	nft, err := k.ns.openNFT()
 	if err == nil { // without nf_tables there is still the inbound half
 		k.nft = nft
 	}

@@ -135,15 +135,27 @@ func (k *KernelPath) deleteTable() error {
 	return nil
 }
 
+// openNFT opens a lasting connection to nf_tables in ns. It is not made by
+// nftables.WithNetNSFd, which fails where the thread may not go back, as for an
+// ordinary user's gofwd under Podman.
+func (ns *NS) openNFT() (c *nftables.Conn, err error) {
+	err = ns.Do(func() error {
+		c, err = nftables.New(nftables.AsLasting())
+		return err
+	})
+	return c, err
+}
+
 // ProbeNFT reports what the kernel lacks for [KernelPath.HoldSYN]: errNFT is
 // nil if it has nf_tables with route chains, errTProxy if it has the tproxy
 // expression too. The transactions leave nothing behind.
 func (ns *NS) ProbeNFT() (errNFT, errTProxy error) {
 	try := func(exprs []expr.Any) error {
-		c, err := nftables.New(nftables.WithNetNSFd(ns.Fd()))
+		c, err := ns.openNFT()
 		if err != nil {
 			return err
 		}
+		defer c.CloseLasting()
 		t := c.AddTable(&nftables.Table{Name: nftTable + "-probe", Family: nftables.TableFamilyINet})
 		c.AddChain(&nftables.Chain{
 			Name: "out", Table: t, Type: nftables.ChainTypeRoute,
