@@ -40,6 +40,23 @@ uninstall:
 		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/gofwd.fish
 .PHONY: uninstall
 
+# Podman looks for its helpers in the directories that the file lists, in their
+# order. Where Podman's own are differs between distributions; it has to list both.
+PODMAN_HELPERS = $(PREFIX)/libexec/gofwd
+PODMAN_CONF    = $(DESTDIR)/etc/containers/containers.conf.d/gofwd.conf
+
+install-podman: ## make gofwd the helper of Podman, on top of make install
+	install -d $(DESTDIR)$(PODMAN_HELPERS) $(dir $(PODMAN_CONF))
+	for name in pasta rootlessport; do ln -sfn $(PREFIX)/bin/gofwd $(DESTDIR)$(PODMAN_HELPERS)/$$name; done
+	printf '[engine]\nhelper_binaries_dir = ["%s", "/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman", "/usr/lib/podman"]\n' \
+		$(PODMAN_HELPERS) > $(PODMAN_CONF)
+.PHONY: install-podman
+
+uninstall-podman:
+	rm -f $(PODMAN_CONF) $(DESTDIR)$(PODMAN_HELPERS)/pasta $(DESTDIR)$(PODMAN_HELPERS)/rootlessport
+	-rmdir $(DESTDIR)$(PODMAN_HELPERS)
+.PHONY: uninstall-podman
+
 # Tools, at fixed versions: built on first use, kept in Go's caches.
 golangci-lint := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 gotestsum     := go run gotest.tools/gotestsum@v1.13.0
@@ -55,6 +72,14 @@ test: ## all tests, as root or not; ends with a list of those that were skipped,
 	$(if $(race),,@echo "no C compiler: testing without the race detector")
 	$(gotestsum) --format pkgname-and-test-fails -- -count=1 -shuffle=on $(race) $(TESTFLAGS) $(PKGS)
 .PHONY: test
+
+test-podman: ## under real rootless Podman 5.4, as root; see integration/podman/doc.go
+	go test -tags podman -count=1 -v ./integration/podman
+.PHONY: test-podman
+
+test-podman-all: ## the same under Podman 5.4, 5.8 and 6.1
+	PODMAN_SUITES="trixie sid experimental" go test -tags podman -count=1 -v -timeout 30m ./integration/podman
+.PHONY: test-podman-all
 
 lint: ## golangci-lint, gofumpt, and a tidy go.mod
 	go mod tidy -diff

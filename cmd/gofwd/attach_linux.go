@@ -69,6 +69,7 @@ and leaves the namespace as it was.`,
 	own.IntVar(&o.pid, "pid", 0, "`PID`: that of a process")
 	own.StringVar(&o.container, "container", "", "`NAME|ID`: that of a container that Podman runs")
 	own.BoolVar(&o.follow, "follow", false, "attach again whenever that container starts again")
+	own.BoolVar(&o.config.InboundOnly, "inbound-only", false, "the namespace has a network, as that of a container on a bridge: publish ports, and leave the rest alone")
 	o.addTo(cmd, own)
 	return cmd
 }
