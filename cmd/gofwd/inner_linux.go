@@ -91,7 +91,7 @@ func newInner(o *options) (*inner, error) {
 		}
 	}
 	if !o.noSandbox {
-		i.keep = &sandbox{kill: i.ns == nil}
+		i.keep = &sandbox{kill: i.ns == nil, config: o.configFile}
 	}
 	// Orders come through the link alone, but we have to live on. What is
 	// ignored, rather than caught, would be ignored by COMMAND too.

@@ -359,7 +359,7 @@ func (u *outer) serveHere(ctx context.Context, ns *netnsutil.NS) (*inside, error
 	}
 	// With --follow this process will start again from the beginning.
 	if !u.opts.noSandbox && !u.opts.follow {
-		i.keep = &sandbox{removeFrom: u.namesIn()}
+		i.keep = &sandbox{config: u.opts.configFile, removeFrom: u.namesIn()}
 	}
 	go in.attachHere(ctx, i)
 	return in, nil

@@ -3,8 +3,8 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
 
@@ -32,6 +32,8 @@ import (
 type sandbox struct {
 	// kill keeps CAP_KILL: for a COMMAND that changed its uid.
 	kill bool
+	// config is a file that is read anew on request, "" for none.
+	config string
 	// removeFrom are the directories of files that have to go at the end.
 	removeFrom []string
 }
@@ -85,18 +87,25 @@ func setNoNewPrivs() error {
 }
 
 // restrictFiles leaves the files that are read while gofwd runs: resolv.conf,
-// which may be a link to anywhere and is replaced as a whole; proc, for the
+// which may be a link to anywhere and is replaced as a whole, like the
+// configuration, so that it is directories that count; proc, for the
 // namespaces and sockets of processes; and time zones, for the log.
 func (s *sandbox) restrictFiles() error {
 	const read = landlock.AccessFSSet(ll.AccessFSReadFile | ll.AccessFSReadDir)
 	readable := []string{"/etc", "/run", "/proc", "/usr/share/zoneinfo"}
-	if target, err := filepath.EvalSymlinks(resolvConfPath); err == nil {
-		readable = append(readable, filepath.Dir(target))
-	} else if !errors.Is(err, fs.ErrNotExist) {
-		return err
+	for _, file := range []string{resolvConfPath, s.config} {
+		readable = append(readable, filepath.Dir(file))
+		if target, err := filepath.EvalSymlinks(file); err == nil {
+			readable = append(readable, filepath.Dir(target))
+		}
 	}
+	// What can't be reached now, can't be in the sandbox.
+	readable = slices.DeleteFunc(readable, func(dir string) bool {
+		_, err := os.Stat(dir)
+		return err != nil || dir == "."
+	})
 	rules := []landlock.Rule{
-		landlock.PathAccess(read, readable...).IgnoreIfMissing(),
+		landlock.PathAccess(read, readable...),
 		landlock.RWFiles("/dev/null").IgnoreIfMissing(),
 	}
 	if len(s.removeFrom) > 0 {

@@ -114,12 +114,15 @@ func eventually(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Fatalf("after ten seconds: %v", err)
 }
 
-// serve tcp|udp PORT tells every client its address, until it is killed.
+// serve tcp|udp PORT tells every client its address, until it is killed. When it
+// listens, it makes a file listening-tcpPORT or listening-udpPORT.
 func serveMain() {
 	network, port := os.Args[1], os.Args[2]
+	listening := func() { check(os.WriteFile("listening-"+network+port, nil, 0o600)) }
 	if network == "udp" {
 		c, err := net.ListenPacket("udp", ":"+port)
 		check(err)
+		listening()
 		for buf := make([]byte, 1500); ; {
 			_, from, err := c.ReadFrom(buf)
 			check(err)
@@ -128,6 +131,7 @@ func serveMain() {
 	}
 	l, err := net.Listen("tcp", ":"+port)
 	check(err)
+	listening()
 	for {
 		c, err := l.Accept()
 		check(err)
