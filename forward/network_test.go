@@ -192,7 +192,9 @@ func TestPlanNetwork(t *testing.T) {
 			},
 		},
 		{
-			"an address of its own, and the host's routes", Network{CopyHost: true, Addrs: prefixes("192.0.2.50/24")}, v4,
+			"an address of its own, and the host's routes",
+			Network{CopyHost: true, Addrs: prefixes("192.0.2.50/24")},
+			v4,
 			want{
 				addrs:    prefixes("192.0.2.50/24"),
 				gateways: addrs("192.0.2.1"),

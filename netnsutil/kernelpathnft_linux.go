@@ -155,7 +155,7 @@ func (ns *NS) ProbeNFT() (errNFT, errTProxy error) {
 		if err != nil {
 			return err
 		}
-		defer c.CloseLasting()
+		defer func() { _ = c.CloseLasting() }()
 		t := c.AddTable(&nftables.Table{Name: nftTable + "-probe", Family: nftables.TableFamilyINet})
 		c.AddChain(&nftables.Chain{
 			Name: "out", Table: t, Type: nftables.ChainTypeRoute,

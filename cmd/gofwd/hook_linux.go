@@ -85,8 +85,10 @@ func (s *containerState) attachArgs() ([]string, error) {
 	if s.PID <= 0 || s.ID == "" {
 		return nil, fmt.Errorf("container %q has no process yet: the hook is for the stage createRuntime", s.ID)
 	}
-	args := []string{"attach", "--detach", "--quiet", "--name", toName(shortID(s.ID)),
-		"--netns", fmt.Sprintf("/proc/%d/ns/net", s.PID)}
+	args := []string{
+		"attach", "--detach", "--quiet", "--name", toName(shortID(s.ID)),
+		"--netns", fmt.Sprintf("/proc/%d/ns/net", s.PID),
+	}
 	for _, p := range ports {
 		args = append(args, "-p", p)
 	}

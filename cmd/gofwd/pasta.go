@@ -89,7 +89,6 @@ type pasta struct {
 	logFile       string
 	logSize       int64
 	specs         [4][]string // of the rules, in the order of pastaDirections
-	confPath      string      // --conf-path
 	command       []string
 }
 
