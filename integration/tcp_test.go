@@ -42,7 +42,7 @@ func (tp *topo) startNginx(t *testing.T) (accessLog string) {
 			access_log %[1]s/access.log source;
 			client_body_temp_path %[1]s/body; proxy_temp_path %[1]s/proxy;
 			fastcgi_temp_path %[1]s/fastcgi; uwsgi_temp_path %[1]s/uwsgi; scgi_temp_path %[1]s/scgi;
-			server { listen 80; listen [::]:80; root %[1]s; }
+			server { listen 80 backlog=4096; listen [::]:80 backlog=4096; root %[1]s; }
 		}`, dir, nofile(t)-100), 0o644))
 	tp.ctr.start(t, "nginx", "-c", conf, "-e", "stderr")
 	tp.ctr.waitPort(t, "tcp", 80)
