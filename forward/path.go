@@ -110,7 +110,7 @@ func (p *paths) routes(rule Rule, client netip.AddrPort, port uint16) []route {
 func (p *paths) kernelReaches(r route) bool {
 	return p.kernel != nil && slices.Contains(p.addrs.ownAddrs(), r.dst.Addr()) &&
 		!hasScope(r.src.Addr()) &&
-		!(p.tap != nil && p.marked.has(r.dst, p.markOf))
+		(p.tap == nil || !p.marked.has(r.dst, p.markOf))
 }
 
 // serverHasMark is asked when the server at the end of a kernel route does not

@@ -190,7 +190,7 @@ func (l *spliceLoop) loop() {
 	var events [128]unix.EpollEvent
 	for {
 		n, err := unix.EpollWait(l.epfd, events[:], l.timeout())
-		if err != nil && err != unix.EINTR { //nolint:errorlint // a bare errno
+		if err != nil && err != unix.EINTR {
 			panic("epoll_wait: " + err.Error()) // the descriptor is ours, and open
 		}
 		woken := false

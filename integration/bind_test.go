@@ -13,8 +13,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func join(lines []string) string { return strings.Join(lines, "\n") }
-
 // TestBind checks on which addresses, interfaces and ports a forward listens.
 func TestBind(t *testing.T) {
 	t.Parallel()

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 
 	"github.com/google/nftables"
@@ -103,14 +104,7 @@ func (k *KernelPath) IPv4() bool { return k.has(unix.AF_INET) }
 // IPv6 reports whether the namespace takes transparent IPv6 sockets.
 func (k *KernelPath) IPv6() bool { return k.has(unix.AF_INET6) }
 
-func (k *KernelPath) has(family int) bool {
-	for _, f := range k.families {
-		if f == family {
-			return true
-		}
-	}
-	return false
-}
+func (k *KernelPath) has(family int) bool { return slices.Contains(k.families, family) }
 
 func (k *KernelPath) open() (err error) {
 	if err := k.own(); err != nil {
