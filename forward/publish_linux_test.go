@@ -329,10 +329,10 @@ func TestAutoBothWays(t *testing.T) {
 func TestWait(t *testing.T) {
 	f, ns := start(t, Config{})
 	port := say(t, ns, "hello")
-	_, err := f.Add(rule(fmt.Sprintf("192.0.2.50:8080:%d", port)))
+	_, err := f.Add(rule(fmt.Sprintf("203.0.113.50:8080:%d", port)))
 	require.ErrorIs(t, err, unix.EADDRNOTAVAIL)
 	_, err = f.Change(Change{Add: []Rule{
-		rule(fmt.Sprintf("192.0.2.50:8080:%d/tcp,wait", port)),
+		rule(fmt.Sprintf("203.0.113.50:8080:%d/tcp,wait", port)),
 		rule(fmt.Sprintf("%%late0:8081:%d/tcp,wait", port)),
 	}})
 	require.NoError(t, err)
@@ -351,14 +351,14 @@ func TestWait(t *testing.T) {
 		remote := newNS(t)
 		ip(t, fmt.Sprintf("link add late0 type veth peer name late0 netns /proc/%d/fd/%d", os.Getpid(), remote.Fd()))
 		ip(t, "link set late0 up")
-		ip(t, "addr add 192.0.2.50/24 dev late0")
+		ip(t, "addr add 203.0.113.50/24 dev late0")
 		within(t, remote, func() {
 			ip(t, "link set late0 up")
-			ip(t, "addr add 192.0.2.51/24 dev late0")
+			ip(t, "addr add 203.0.113.51/24 dev late0")
 		})
 		for _, port := range []string{"8080", "8081"} {
 			require.Eventually(t, func() bool {
-				got, _, err := ask(t, remote, "tcp", "192.0.2.50:"+port)
+				got, _, err := ask(t, remote, "tcp", "203.0.113.50:"+port)
 				return err == nil && got == "hello"
 			}, 5*time.Second, 20*time.Millisecond, port)
 		}
