@@ -247,6 +247,23 @@ func TestWidenAndNarrow(t *testing.T) {
 	}
 }
 
+// The peers of a published UDP port see that port also after its rule has given
+// way to another one for it.
+func TestReplacedUDPRuleStaysPublished(t *testing.T) {
+	routable(t)
+	f, ns := start(t, Config{})
+	peer := listenUDP(t, netip.AddrPortFrom(routable4, 0).String())
+	var server *net.UDPConn
+	within(t, ns, func() { server = listenUDP(t, "0.0.0.0:51820") })
+	for _, options := range []string{"", ",allow=192.0.2.0/24", ""} {
+		_, err := f.Change(Change{Replace: true, Add: []Rule{rule("8080:51820/udp" + options)}})
+		require.NoError(t, err)
+		send(t, server, addrOf(peer), "handshake")
+		_, from := readFrom(t, peer)
+		require.Equal(t, netip.AddrPortFrom(routable4, 8080), from)
+	}
+}
+
 func TestDrain(t *testing.T) {
 	f, ns := start(t, Config{})
 	port := serveTCP(t, ns, ":0", func(c net.Conn) { io.Copy(c, c); c.Close() })

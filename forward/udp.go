@@ -230,14 +230,35 @@ func (e *udpEngine) listen(conn *net.UDPConn, rule *activeRule, targetPort uint1
 
 // unlisten closes the listeners of rule and ends their flows.
 func (e *udpEngine) unlisten(rule *activeRule) {
+	e.closeListeners(func(s *udpSocket) bool { return s.rule == rule })
+}
+
+// unlistenPort is unlisten for one port of rule.
+func (e *udpEngine) unlistenPort(rule *activeRule, port uint16) {
+	e.closeListeners(func(s *udpSocket) bool { return s.rule == rule && s.port == port })
+}
+
+// closeListeners closes those listeners that are chosen. What they published may
+// be published by another one from now on: where one rule replaces another, both
+// have listened for a moment.
+func (e *udpEngine) closeListeners(chosen func(*udpSocket) bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.flows.removeAll(func(f *flow) bool {
-		return f.host.sock.rule == rule || f.inside.sock != nil && f.inside.sock.rule == rule
+		return chosen(f.host.sock) || f.inside.sock != nil && chosen(f.inside.sock)
 	})
+	before := len(e.published)
 	for _, s := range e.sockets {
-		if s.rule == rule {
+		if chosen(s) {
 			e.closeSocketLocked(s)
+		}
+	}
+	if len(e.published) == before {
+		return
+	}
+	for _, s := range e.sockets {
+		if s.rule != nil {
+			e.publishLocked(s)
 		}
 	}
 }
@@ -247,19 +268,6 @@ func (e *udpEngine) endFlows(end func(*flow) bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.flows.removeAll(end)
-}
-
-// unlistenPort is unlisten for one port of rule.
-func (e *udpEngine) unlistenPort(rule *activeRule, port uint16) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	gone := func(s *udpSocket) bool { return s != nil && s.rule == rule && s.port == port }
-	e.flows.removeAll(func(f *flow) bool { return gone(f.host.sock) || gone(f.inside.sock) })
-	for _, s := range e.sockets {
-		if gone(s) {
-			e.closeSocketLocked(s)
-		}
-	}
 }
 
 // setReusePort lets other sockets of ours be bound to the ports of rule, or no
