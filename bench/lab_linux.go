@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -239,7 +240,9 @@ func (l *lab) describe(s *site) error {
 		return nil
 	}
 	for _, p := range s.helpers {
-		info.Argv = append(info.Argv, p.argv)
+		// Where the program lies is of no use to a reader.
+		argv := append([]string{filepath.Base(p.argv[0])}, p.argv[1:]...)
+		info.Argv = append(info.Argv, argv)
 	}
 	if s.container != s.host {
 		var err error

@@ -138,11 +138,21 @@ func TestParseStat(t *testing.T) {
 	fields, err := parseStat([]byte("12 (a ) b) (c) S 1 12 12 0 -1 4194560 100 0 0 0 7 8 0 0 20 0 1 0 99 1000 25 18446744073709551615 1\n"))
 	require.NoError(t, err)
 	require.Equal(t, "1", fields[statPPID])
-	require.Equal(t, "7", fields[statUTime])
-	require.Equal(t, "8", fields[statSTime])
 	require.Equal(t, "25", fields[statRSS])
 	_, err = parseStat([]byte("12 (x) S 1"))
 	require.Error(t, err)
+}
+
+// The CPU clock of another process may be read, and counts in less than the ticks
+// of /proc/PID/stat (clock_getcpuclockid(3)).
+func TestCPUTime(t *testing.T) {
+	mine, err := cpuTime(os.Getpid())
+	require.NoError(t, err)
+	require.Positive(t, mine%(10*time.Millisecond), "whole ticks")
+	_, err = cpuTime(os.Getppid())
+	require.NoError(t, err)
+	_, err = cpuTime(1 << 22) // PID_MAX_LIMIT, proc(5): none has it
+	require.ErrorIs(t, err, unix.ESRCH)
 }
 
 // A process that burns time and memory is seen, also as a grandchild.

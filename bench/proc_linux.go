@@ -231,11 +231,6 @@ type usage struct {
 	rss int64         // resident bytes, what they share counted in each
 }
 
-// clockTick is USER_HZ, in which /proc/PID/stat counts; it is 100 on every
-// architecture that Go knows. The kernel measures in nanoseconds and rounds
-// here, so a sample is off by less than 10 ms (proc_pid_stat(5)).
-const clockTick = 10 * time.Millisecond
-
 // usageOf adds up the processes pids and all their descendants.
 func usageOf(pids []int) (usage, error) {
 	children, err := processTree()
@@ -286,10 +281,8 @@ func processTree() (map[int][]int, error) {
 // Fields of /proc/PID/stat that follow the name of the program, which may
 // contain anything (proc_pid_stat(5), numbered from 3 there).
 const (
-	statPPID  = 4 - 3
-	statUTime = 14 - 3
-	statSTime = 15 - 3
-	statRSS   = 24 - 3
+	statPPID = 4 - 3
+	statRSS  = 24 - 3
 )
 
 func procStat(pid int) ([]string, error) {
@@ -321,11 +314,26 @@ func usageOfProcess(pid int) (usage, error) {
 	if err != nil {
 		return usage{}, err
 	}
-	utime, _ := strconv.ParseInt(fields[statUTime], 10, 64)
-	stime, _ := strconv.ParseInt(fields[statSTime], 10, 64)
+	cpu, err := cpuTime(pid)
+	if err != nil {
+		return usage{}, err
+	}
 	pages, _ := strconv.ParseInt(fields[statRSS], 10, 64)
-	return usage{
-		cpu: time.Duration(utime+stime) * clockTick,
-		rss: pages * int64(os.Getpagesize()),
-	}, nil
+	return usage{cpu: cpu, rss: pages * int64(os.Getpagesize())}, nil
+}
+
+// cpuTime reads the processor time of a process, threads that have ended
+// included, from its CPU clock: in nanoseconds, where /proc/PID/stat counts in
+// hundredths of a second, more than a helper that splices uses in a sample. The
+// number of the clock is that of clock_getcpuclockid(3).
+func cpuTime(pid int) (time.Duration, error) {
+	const cpuClockSched = 2
+	var t unix.Timespec
+	if err := unix.ClockGettime(int32(^pid<<3|cpuClockSched), &t); err != nil {
+		if errors.Is(err, unix.EINVAL) {
+			err = unix.ESRCH // there is no such process
+		}
+		return 0, fmt.Errorf("read the CPU clock of process %d: %w", pid, err)
+	}
+	return time.Duration(t.Nano()), nil
 }

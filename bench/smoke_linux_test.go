@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -46,17 +47,27 @@ func TestEveryRowRuns(t *testing.T) {
 }
 
 func TestToolsAreMeasured(t *testing.T) {
-	const tcpRow = "TapTCP/way=remote/load=upload/ip=4/streams=1/cc=reno"
-	result := smoke(t, "-tools", toolTap+","+toolFdbased, "-only", "Start,Idle/conns=1000,UDP/size=64,"+tcpRow)
-	for _, ip := range []int{4, 6} {
-		for _, proto := range []string{"tcp", "udp"} {
-			require.Equal(t, kept, result.tool(toolTap).Source[sourceKey(proto, ip, remote)])
+	const (
+		tcpRow    = "TapTCP/way=remote/load=upload/ip=4/streams=1/cc=reno"
+		kernelRow = "TCP/way=remote/load=upload/ip=4/streams=1/cc=reno"
+	)
+	result := smoke(t, "-tools", strings.Join([]string{toolKernel, toolTap, toolFdbased}, ","),
+		"-only", strings.Join([]string{"Start", "Idle/conns=1000", "UDP/size=64", tcpRow, kernelRow}, ","))
+	for _, tool := range []string{toolKernel, toolTap} {
+		for _, ip := range []int{4, 6} {
+			for _, proto := range []string{"tcp", "udp"} {
+				require.Equal(t, kept, result.tool(tool).Source[sourceKey(proto, ip, remote)], "%s %s%d", tool, proto, ip)
+			}
 		}
 	}
+	share, ok := result.summary(kernelRow, toolKernel, unitTapShare)
+	require.True(t, ok)
+	require.Less(t, share.Mid, 1.0, "the payload is not on the tap of %s", toolKernel)
 	require.Equal(t, kept, result.tool(toolFdbased).Source[sourceKey("tcp", 4, remote)])
 	for _, tool := range []string{toolTap, toolFdbased} {
 		require.Equal(t, 1500, result.tool(tool).MTU)
 		require.NotEmpty(t, result.tool(tool).Argv)
+		require.NotContains(t, result.tool(tool).Argv[0][0], "/")
 		share, ok := result.summary(tcpRow, tool, unitTapShare)
 		require.True(t, ok)
 		require.Greater(t, share.Mid, 99.0, "the payload is on the tap of %s", tool)
