@@ -22,23 +22,27 @@ import (
 const pingGroupRange = "net.ipv4.ping_group_range"
 
 // pinger carries the container's pings into the world, by the kernel's
-// unprivileged ICMP sockets (icmp(7)): one for each family, since the kernel
-// gives each socket an identifier of its own and has 16 bits of sequence number
-// to tell requests apart by. What the container had in their place is kept until
+// unprivileged ICMP sockets (icmp(7)): one for each family and egress, since the
+// kernel gives each socket an identifier of its own and has 16 bits of sequence
+// number to tell requests apart by. What the container had in their place is kept until
 // the answer comes, or until pingsInFlight later requests.
 type pinger struct {
-	addrs *hostMap
-	out   echoWriter
-	log   *slog.Logger
+	addrs  *hostMap
+	egress *egress // nil is none
+	out    echoWriter
+	log    *slog.Logger
 
 	wg sync.WaitGroup
 
-	mu     sync.Mutex // guards the following fields
-	closed bool
-	v4, v6 *pingSocket
-	tried  time.Time // when the sockets were last found missing
-	err    error     // why, of the last try
+	mu      sync.Mutex // guards the following fields
+	closed  bool
+	sockets map[pingKey]*pingSocket
+	tried   time.Time // when sockets were last found missing
+	err     error     // why, of the last try
 }
+
+// pingKey is what a ping socket is for.
+type pingKey struct{ is4, bound bool }
 
 // echoWriter is the way back to the container.
 type echoWriter interface {
@@ -58,8 +62,8 @@ const (
 
 // newPinger returns a pinger that works as far as it is allowed to; note says
 // what is forbidden.
-func newPinger(addrs *hostMap, out echoWriter, log *slog.Logger) *pinger {
-	p := &pinger{addrs: addrs, out: out, log: log}
+func newPinger(addrs *hostMap, g *egress, out echoWriter, log *slog.Logger) *pinger {
+	p := &pinger{addrs: addrs, egress: g, out: out, log: log, sockets: make(map[pingKey]*pingSocket)}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.openLocked()
@@ -68,31 +72,30 @@ func newPinger(addrs *hostMap, out echoWriter, log *slog.Logger) *pinger {
 
 // openLocked opens the sockets that are missing.
 func (p *pinger) openLocked() {
-	if p.closed || p.v4 != nil && p.v6 != nil || time.Since(p.tried) < pingRetry {
+	want := []pingKey{{is4: true}, {is4: false}}
+	for _, is4 := range []bool{true, false} {
+		if p.egress.covers(is4) {
+			want = append(want, pingKey{is4, true})
+		}
+	}
+	if p.closed || len(p.sockets) == len(want) || time.Since(p.tried) < pingRetry {
 		return
 	}
-	p.tried = time.Now()
-	var err4, err6 error
-	if p.v4 == nil {
-		p.v4, err4 = p.openSocket(unix.AF_INET, unix.IPPROTO_ICMP)
+	p.tried, p.err = time.Now(), nil
+	for _, key := range want {
+		if p.sockets[key] != nil {
+			continue
+		}
+		s, err := openPingSocket(p, key)
+		switch {
+		case err == nil:
+			p.sockets[key] = s
+			p.wg.Add(1)
+			go s.receiveLoop()
+		case p.err == nil && (key.is4 || !errors.Is(err, unix.EAFNOSUPPORT)):
+			p.err = err
+		}
 	}
-	if p.v6 == nil {
-		p.v6, err6 = p.openSocket(unix.AF_INET6, unix.IPPROTO_ICMPV6)
-	}
-	p.err = err4
-	if err4 == nil && !errors.Is(err6, unix.EAFNOSUPPORT) {
-		p.err = err6
-	}
-}
-
-func (p *pinger) openSocket(family, proto int) (*pingSocket, error) {
-	s, err := openPingSocket(p, family, proto)
-	if err != nil {
-		return nil, err
-	}
-	p.wg.Add(1)
-	go s.receiveLoop()
-	return s, nil
 }
 
 // note says why ping does not work and what to do, "" if it works.
@@ -128,13 +131,11 @@ func (p *pinger) fromNamespace(q *stack.Echo) {
 
 // send sends q to the address that it is to go to.
 func (p *pinger) send(q *stack.Echo, to netip.Addr) error {
+	key := pingKey{to.Is4(), p.egress.applies(to)}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.openLocked()
-	s := p.v6
-	if to.Is4() {
-		s = p.v4
-	}
+	s := p.sockets[key]
 	if s == nil {
 		return nil // the network's silence, and a note in the status
 	}
@@ -157,17 +158,15 @@ func (p *pinger) fail(q *stack.Echo, e stack.ICMPError) {
 func (p *pinger) close() {
 	p.mu.Lock()
 	p.closed = true
-	for _, s := range []*pingSocket{p.v4, p.v6} {
-		if s != nil {
-			s.file.Close()
-		}
+	for _, s := range p.sockets {
+		s.file.Close()
 	}
-	p.v4, p.v6 = nil, nil
+	clear(p.sockets)
 	p.mu.Unlock()
 	p.wg.Wait()
 }
 
-// pingSocket is the ping socket of one family. The pinger's mutex guards the
+// pingSocket is a ping socket. The pinger's mutex guards the
 // fields that change.
 type pingSocket struct {
 	p    *pinger
@@ -190,7 +189,11 @@ type pingSent struct {
 	open     bool
 }
 
-func openPingSocket(p *pinger, family, proto int) (*pingSocket, error) {
+func openPingSocket(p *pinger, key pingKey) (*pingSocket, error) {
+	family, proto := unix.AF_INET6, unix.IPPROTO_ICMPV6
+	if key.is4 {
+		family, proto = unix.AF_INET, unix.IPPROTO_ICMP
+	}
 	fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, proto)
 	if err != nil {
 		return nil, fmt.Errorf("open ping socket: %w", os.NewSyscallError("socket", err))
@@ -205,7 +208,13 @@ func openPingSocket(p *pinger, family, proto int) (*pingSocket, error) {
 			return nil, fmt.Errorf("open ping socket: %w", os.NewSyscallError("setsockopt", err))
 		}
 	}
-	s := &pingSocket{p: p, file: os.NewFile(uintptr(fd), "ping"), is4: family == unix.AF_INET}
+	if key.bound {
+		if err := p.egress.bind(fd, key.is4); err != nil {
+			unix.Close(fd)
+			return nil, fmt.Errorf("open ping socket: %w", err)
+		}
+	}
+	s := &pingSocket{p: p, file: os.NewFile(uintptr(fd), "ping"), is4: key.is4}
 	if s.raw, err = s.file.SyscallConn(); err != nil {
 		s.file.Close()
 		return nil, err

@@ -108,7 +108,7 @@ func TestPingManyAtOnce(t *testing.T) {
 func TestPingForbidden(t *testing.T) {
 	host := newNS(t)
 	within(t, host, func() {
-		p := newPinger(testHostMap(), nil, slog.New(slog.DiscardHandler))
+		p := newPinger(testHostMap(), nil, nil, slog.New(slog.DiscardHandler))
 		defer p.close()
 		require.Contains(t, p.note(), "net.ipv4.ping_group_range")
 		require.NoError(t, p.send(&stack.Echo{}, netip.MustParseAddr("127.0.0.1")), "neither sent nor the container's fault")

@@ -47,12 +47,26 @@ type Config struct {
 	// only Allow, nothing else. Both empty is everything. It is told "no" by
 	// ICMP, and its nameserver is always allowed.
 	Allow, Deny []Destination
+	// OutboundAddrs are the host's addresses, at most one of each family, that
+	// the world sees of what the container begins, and OutboundIf4 and
+	// OutboundIf6 the host's interfaces by which that leaves (SO_BINDTODEVICE).
+	// Empty is as the host's routing has it. What goes to the host itself is
+	// none of it. They need not be there yet: without them nothing leaves.
+	OutboundAddrs            []netip.Addr
+	OutboundIf4, OutboundIf6 string
+	// FreeBind lets rules listen on addresses that the host does not have
+	// (IP_FREEBIND).
+	FreeBind bool
 	// HostLoopbackToNSLoopback sends connections from the host's loopback
 	// to the namespace's loopback, with 127.0.0.1 or ::1 as their source.
 	HostLoopbackToNSLoopback bool
 	// InboundOnly is for a namespace that has a network: there is no tap,
 	// Network is of no matter, and what comes in takes the kernel path.
 	InboundOnly bool
+	// LoopbackOnly forwards between the loopbacks alone, and clients there see
+	// 127.0.0.1 or ::1: there is no tap, and Network is of no matter. What comes
+	// from elsewhere is reset.
+	LoopbackOnly bool
 	// IgnoreGone keeps the Forwarder running when the path of NetNS leads to
 	// it no longer.
 	IgnoreGone bool
@@ -113,6 +127,7 @@ type Forwarder struct {
 	cfg     Config
 	log     *slog.Logger
 	plan    *networkPlan
+	egress  *egress // nil without
 	paths   *paths
 	rules   ruleSet
 	events  eventHub
@@ -162,7 +177,15 @@ func (f *Forwarder) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if f.cfg.InboundOnly {
+	switch {
+	case f.cfg.InboundOnly && f.cfg.LoopbackOnly:
+		return errors.New("start forwarding: InboundOnly and LoopbackOnly exclude each other")
+	case f.cfg.LoopbackOnly:
+		if err := f.startLoopback(); err != nil {
+			return err
+		}
+		return f.startRules(ctx, rules)
+	case f.cfg.InboundOnly:
 		if err := f.startInbound(); err != nil {
 			return err
 		}
@@ -174,7 +197,11 @@ func (f *Forwarder) start(ctx context.Context) error {
 	f.notes = f.plan.notes
 	addrs, dns := f.plan.addrs, newNameservers(f.cfg.Network.Nameservers)
 	addrs.loopbackToLoopback = f.cfg.HostLoopbackToNSLoopback
-	if addrs.policy, err = newPolicy(f.cfg.Allow, f.cfg.Deny, netnsutil.LocalAddrs); err != nil {
+	local := &hostAddrs{read: netnsutil.LocalAddrs}
+	if addrs.policy, err = newPolicy(f.cfg.Allow, f.cfg.Deny, local); err == nil {
+		f.egress, err = newEgress(f.cfg, local)
+	}
+	if err != nil {
 		return fmt.Errorf("start forwarding: %w", err)
 	}
 	addrs.mainAddr, addrs.nameserver = netnsutil.MainAddr, dns.next
@@ -190,7 +217,7 @@ func (f *Forwarder) startRules(ctx context.Context, rules []Rule) error {
 		return fmt.Errorf("start forwarding: %w", err)
 	}
 	f.rules = ruleSet{
-		binder: binder{ns: f.cfg.NetNS, sockets: f.cfg.Sockets, noIPv4: f.cfg.Network.NoIPv4, noIPv6: f.cfg.Network.NoIPv6},
+		binder: binder{ns: f.cfg.NetNS, freeBind: f.cfg.FreeBind, sockets: f.cfg.Sockets, noIPv4: f.cfg.Network.NoIPv4, noIPv6: f.cfg.Network.NoIPv6},
 		paths:  f.paths, tcp: f.tcp, udp: f.udp, noTCP: f.cfg.NoTCP, log: f.log, events: &f.events,
 	}
 	_, err := f.rules.change(Change{Add: rules})
@@ -337,13 +364,13 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 	if err != nil {
 		return err
 	}
-	f.tcp = newTCPEngine(f.paths, dns, splicer, f.log)
+	f.tcp = newTCPEngine(f.paths, dns, splicer, f.egress, f.log)
 	f.tcp.events = &f.events
 	if err := f.holdSYNs(); err != nil {
 		return err
 	}
 	if !f.cfg.NoICMP {
-		f.ping = newPinger(addrs, f.stack, f.log)
+		f.ping = newPinger(addrs, f.egress, f.stack, f.log)
 	}
 	if f.cfg.Capture != nil {
 		f.stopCapture = f.stack.Capture(f.cfg.Capture)
@@ -356,6 +383,7 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 		Source:         addrs.source,
 		Destination:    addrs.destination,
 		IsDNS:          addrs.isDNS,
+		Egress:         f.egress,
 		Nameserver:     dns.report,
 		Guest:          addrs.guestOf,
 		Inside:         local.listenUDP,

@@ -178,7 +178,7 @@ func (c *heldSYN) dial() error {
 	if err != nil {
 		return err
 	}
-	if c.flow.fds[0], err = connectHost(to); err != nil {
+	if c.flow.fds[0], err = e.egress.connectTCP(to); err != nil {
 		return err
 	}
 	if !c.l.do(c.watchDial) {
@@ -186,18 +186,6 @@ func (c *heldSYN) dial() error {
 		return unix.ECONNREFUSED
 	}
 	return nil
-}
-
-// connectHost begins to connect from the thread's namespace, the host's.
-func connectHost(dst netip.AddrPort) (fd int, err error) {
-	if fd, err = connectPlain(dst); err != nil {
-		return -1, err
-	}
-	if err = setOptions(fd, keepAliveOptions()); err != nil {
-		unix.Close(fd)
-		return -1, err
-	}
-	return fd, nil
 }
 
 // watchDial waits for the dial on the loop.

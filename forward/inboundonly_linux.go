@@ -204,7 +204,7 @@ func (f *Forwarder) startInbound() error {
 	if err != nil {
 		return err
 	}
-	f.tcp = newTCPEngine(f.paths, dns, splicer, f.log)
+	f.tcp = newTCPEngine(f.paths, dns, splicer, nil, f.log)
 	f.tcp.events = &f.events
 	if f.cfg.NoUDP {
 		return nil
@@ -219,10 +219,18 @@ func (f *Forwarder) startInbound() error {
 }
 
 // Refresh reads the namespace's addresses again, with [Config].InboundOnly: new
-// clients are sent to those. Connections go on as far as they can.
+// clients are sent to those, and rules with a target among them take the kernel
+// path. Connections go on as far as they can.
 func (f *Forwarder) Refresh() error {
 	if f.inbound == nil {
 		return nil
 	}
-	return f.inbound.refresh()
+	if err := f.inbound.refresh(); err != nil {
+		return err
+	}
+	rules, _ := f.rules.list()
+	for _, r := range rules {
+		r.setPath(f.paths.describe(r.rule))
+	}
+	return nil
 }

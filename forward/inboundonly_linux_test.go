@@ -63,3 +63,37 @@ func TestForwarderInboundOnly(t *testing.T) {
 	}
 	require.NoError(t, f.Close())
 }
+
+// What the kernel path takes for the container's own addresses follows those that
+// it has: a rule whose target comes later shows the client's address then.
+func TestForwarderInboundOnlyTargetComes(t *testing.T) {
+	remote := newLAN(t)
+	ns := newNS(t)
+	const first, later = "10.89.0.2", "10.90.0.3"
+	within(t, ns, func() {
+		ip(t, "link set lo up")
+		ip(t, "link add eth0 type veth peer name eth1")
+		ip(t, "link set eth0 up")
+		ip(t, "link set eth1 up")
+		ip(t, "addr add "+first+"/24 dev eth0")
+		ip(t, "route add default via 10.89.0.1")
+	})
+	port := tellPeer(t, ns, ":0")
+	f, _ := start(t, Config{NetNS: ns, InboundOnly: true, Rules: []Rule{{
+		Proto: TCP, Addr: netip.MustParseAddr(host4), Ports: PortRange{8080, 8080},
+		Target: netip.MustParseAddr(later), TargetPorts: PortRange{port, port},
+	}}})
+	require.Contains(t, f.Status().Rules[0].Reason, "not an address of the container")
+
+	within(t, ns, func() { ip(t, "addr add "+later+"/24 dev eth0") })
+	require.NoError(t, f.Refresh())
+	require.Empty(t, f.Status().Rules[0].Reason)
+	require.Equal(t, Kernel, f.Status().Rules[0].Path)
+	answer, _, err := ask(t, remote, "tcp", at(host4, 8080))
+	require.NoError(t, err)
+	require.Equal(t, remote4, netip.MustParseAddrPort(answer).Addr().Unmap().String())
+
+	within(t, ns, func() { ip(t, "addr del "+later+"/24 dev eth0") })
+	require.NoError(t, f.Refresh())
+	require.Contains(t, f.Status().Rules[0].Reason, "not an address of the container")
+}

@@ -26,6 +26,8 @@ type boundListener struct {
 	udp  *net.UDPConn
 	// shared lets other sockets of ours have the same port (SO_REUSEPORT).
 	shared bool
+	// free lets it be bound to an address that isn't there (IP_FREEBIND).
+	free bool
 	// ifindex is the interface that it is bound to, 0 if it is to none.
 	ifindex int
 }
@@ -70,6 +72,7 @@ type binding struct {
 type binder struct {
 	ns             *netnsutil.NS
 	noIPv4, noIPv6 bool // leave out a family
+	freeBind       bool // of rules with Dir In
 	// sockets are those that rules may name.
 	sockets []Socket
 	// makeRoom is asked when the port of r is in use, and reports whether it
@@ -257,21 +260,19 @@ func (b *binder) addrs(r Rule) ([]netip.Addr, error) {
 }
 
 // listen makes one socket, in the rule's namespace.
-func (b *binder) listen(r Rule, addr netip.Addr, shared bool) (l *boundListener, err error) {
+func (b *binder) listen(r Rule, addr netip.Addr, shared bool) (*boundListener, error) {
+	l := &boundListener{rule: r, shared: shared}
 	if r.Dir == In {
-		return listenHere(r, addr, shared)
+		l.free = b.freeBind
+		return l, l.listenHere(addr)
 	}
-	err = b.ns.Do(func() error {
-		l, err = listenHere(r, addr, shared)
-		return err
-	})
-	return l, err
+	return l, b.ns.Do(func() error { return l.listenHere(addr) })
 }
 
-// listenHere makes one socket, in the thread's namespace. For the zero Addr that
+// listenHere makes the socket, in the thread's namespace. For the zero Addr that
 // is a dual-stack one, or an IPv4 one where the kernel has no IPv6.
-func listenHere(r Rule, addr netip.Addr, shared bool) (*boundListener, error) {
-	l := &boundListener{rule: r, shared: shared}
+func (l *boundListener) listenHere(addr netip.Addr) error {
+	r := l.rule
 	// Not net.ListenConfig's own keepalive, which costs each accept(2) four
 	// system calls: accepted sockets inherit the listener's settings.
 	lc := net.ListenConfig{KeepAlive: -1, Control: func(_, _ string, c syscall.RawConn) error {
@@ -296,13 +297,13 @@ func listenHere(r Rule, addr netip.Addr, shared bool) (*boundListener, error) {
 		err = l.open(&lc, "4", netip.AddrPortFrom(netip.IPv4Unspecified(), r.Ports.First))
 	}
 	if err != nil {
-		return nil, plainErr(err)
+		return plainErr(err)
 	}
 	l.address = l.addr()
 	l.ifindex = ifindex(r.device())
 	bound := l.address.Port()
 	l.rule.Ports = PortRange{bound, bound}
-	return l, nil
+	return nil
 }
 
 // open makes the socket, binds it and listens. The backlog is Go's, that is
@@ -334,6 +335,15 @@ func (l *boundListener) prepare(fd int) error {
 	}
 	if l.shared {
 		if err := setOptions(fd, []option{{unix.SOL_SOCKET, unix.SO_REUSEPORT, 1}}); err != nil {
+			return err
+		}
+	}
+	if l.free {
+		options := []option{{unix.SOL_IP, unix.IP_FREEBIND, 1}}
+		if isV6(fd) {
+			options = append(options, option{unix.SOL_IPV6, unix.IPV6_FREEBIND, 1})
+		}
+		if err := setOptions(fd, options); err != nil {
 			return err
 		}
 	}

@@ -104,17 +104,26 @@ func (d nsDialer) connectFrom(src, dst netip.AddrPort) (fd int, err error) {
 
 // connectPlain begins to connect an ordinary socket of the thread's namespace.
 func connectPlain(dst netip.AddrPort) (fd int, err error) {
+	if fd, err = openTCP(dst.Addr().Is4()); err != nil {
+		return -1, err
+	}
+	if err = beginConnect(fd, dst); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// openTCP makes an ordinary socket of the thread's namespace.
+func openTCP(is4 bool) (fd int, err error) {
 	family := unix.AF_INET6
-	if dst.Addr().Is4() {
+	if is4 {
 		family = unix.AF_INET
 	}
 	if fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP); err != nil {
 		return -1, os.NewSyscallError("socket", err)
 	}
-	if err = setOptions(fd, []option{{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1}}); err == nil {
-		err = beginConnect(fd, dst)
-	}
-	if err != nil {
+	if err = setOptions(fd, []option{{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1}}); err != nil {
 		unix.Close(fd)
 		return -1, err
 	}

@@ -139,17 +139,6 @@ func (e *tcpEngine) dialLoopback(ctx context.Context, target netip.Addr, is4 boo
 	return c, err
 }
 
-// dialHostTCP connects to dst from the thread's own network namespace, the
-// host's.
-func dialHostTCP(ctx context.Context, dst netip.AddrPort) (flowConn, error) {
-	d := net.Dialer{KeepAliveConfig: keepAlive}
-	c, err := d.DialTCP(ctx, "tcp", netip.AddrPort{}, dst)
-	if err != nil {
-		return nil, err // no typed nil
-	}
-	return c, nil
-}
-
 // keepAlive finds peers that have gone without a word, within four minutes: soon
 // enough not to collect them, and rarely enough not to keep a radio awake.
 var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 2 * time.Minute, Interval: 30 * time.Second, Count: 4}

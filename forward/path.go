@@ -146,12 +146,18 @@ func (p *paths) describe(rule Rule) (Datapath, string) {
 		return Kernel, ""
 	case rule.Proto == UDP && !p.noTap:
 		return Tap, ""
+	case p.tap == nil && p.noTap:
+		return Kernel, "clients on the host's loopback alone are forwarded"
 	case rule.Target.IsValid() && rule.Target.Unmap().IsLoopback():
 		return Kernel, "the namespace's loopback sees every client as " + loopbackOf(rule.Target.Unmap().Is4()).String()
 	case p.kernel == nil:
 		return Tap, p.noKernel
 	case rule.Target.IsValid() && !slices.Contains(p.addrs.ownAddrs(), rule.Target.Unmap()):
-		return Tap, rule.Target.String() + " is not an address of the container itself"
+		path, reason := Tap, rule.Target.String()+" is not an address of the container itself"
+		if p.noTap {
+			path, reason = Kernel, reason+", and sees the host alias"
+		}
+		return path, reason
 	}
 	return Kernel, ""
 }

@@ -97,15 +97,11 @@ func (d Destination) check() error {
 // policy says which destinations the container may speak to. The nil policy is all.
 type policy struct {
 	allow, deny []Destination
-	localAddrs  func() ([]netip.Prefix, error)
-
-	mu    sync.Mutex // guards the following fields
-	local []netip.Prefix
-	asked time.Time
+	local       *hostAddrs
 }
 
 // newPolicy returns the policy of a Config.
-func newPolicy(allow, deny []Destination, localAddrs func() ([]netip.Prefix, error)) (*policy, error) {
+func newPolicy(allow, deny []Destination, local *hostAddrs) (*policy, error) {
 	for _, d := range slices.Concat(allow, deny) {
 		if err := d.check(); err != nil {
 			return nil, err
@@ -114,7 +110,7 @@ func newPolicy(allow, deny []Destination, localAddrs func() ([]netip.Prefix, err
 	if len(allow) == 0 && len(deny) == 0 {
 		return nil, nil
 	}
-	return &policy{allow: allow, deny: deny, localAddrs: localAddrs}, nil
+	return &policy{allow: allow, deny: deny, local: local}, nil
 }
 
 // allows reports whether the container may speak to what it calls dst, and the host
@@ -139,7 +135,7 @@ func (p *policy) names(list []Destination, dst, to netip.AddrPort) bool {
 		case d.Class == ClassLoopback:
 			return to.Addr().IsLoopback()
 		case d.Class == ClassHost:
-			return !to.Addr().IsLoopback() && p.isLocal(to.Addr())
+			return !to.Addr().IsLoopback() && p.local.has(to.Addr())
 		case !d.Prefix.IsValid():
 			return true
 		}
@@ -147,17 +143,26 @@ func (p *policy) names(list []Destination, dst, to netip.AddrPort) bool {
 	})
 }
 
+// hostAddrs are the host's own addresses.
+type hostAddrs struct {
+	read func() ([]netip.Prefix, error)
+
+	mu    sync.Mutex // guards the following fields
+	addrs []netip.Prefix
+	asked time.Time
+}
+
 // localAge is for how long the host's addresses are taken for true.
 const localAge = time.Second
 
-// isLocal reports whether addr is one of the host's own.
-func (p *policy) isLocal(addr netip.Addr) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if time.Since(p.asked) > localAge {
-		if local, err := p.localAddrs(); err == nil {
-			p.local, p.asked = local, time.Now()
+// has reports whether addr is one of the host's own.
+func (h *hostAddrs) has(addr netip.Addr) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if time.Since(h.asked) > localAge {
+		if addrs, err := h.read(); err == nil {
+			h.addrs, h.asked = addrs, time.Now()
 		}
 	}
-	return slices.ContainsFunc(p.local, func(l netip.Prefix) bool { return l.Addr() == addr.WithZone("") })
+	return slices.ContainsFunc(h.addrs, func(l netip.Prefix) bool { return l.Addr() == addr.WithZone("") })
 }

@@ -61,7 +61,7 @@ func TestPolicy(t *testing.T) {
 		{nil, list("loopback"), "10.0.2.2:80", "127.0.0.1:80", false},
 		{list("loopback:5432"), list("loopback"), "10.0.2.2:5432", "127.0.0.1:5432", true},
 	} {
-		p, err := newPolicy(tt.allow, tt.deny, local)
+		p, err := newPolicy(tt.allow, tt.deny, &hostAddrs{read: local})
 		require.NoError(t, err)
 		dst := netip.MustParseAddrPort(tt.dst)
 		to := dst
@@ -70,6 +70,6 @@ func TestPolicy(t *testing.T) {
 		}
 		require.Equal(t, tt.want, p.allows(dst, to), "allow %v deny %v: %s %s", tt.allow, tt.deny, tt.dst, tt.to)
 	}
-	_, err := newPolicy([]Destination{{Class: "hosts"}}, nil, local)
+	_, err := newPolicy([]Destination{{Class: "hosts"}}, nil, nil)
 	require.Error(t, err)
 }

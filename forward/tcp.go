@@ -25,6 +25,7 @@ type tcpEngine struct {
 	dns   *nameservers
 	// dialHost connects to dst in the host's namespace.
 	dialHost func(ctx context.Context, dst netip.AddrPort) (flowConn, error)
+	egress   *egress
 	splicer  *splicer
 	held     *heldSYNs // nil if what the container begins takes the tap
 	log      *slog.Logger
@@ -43,9 +44,9 @@ type tcpEngine struct {
 }
 
 // newTCPEngine returns an engine that owns the splicer.
-func newTCPEngine(p *paths, dns *nameservers, s *splicer, log *slog.Logger) *tcpEngine {
+func newTCPEngine(p *paths, dns *nameservers, s *splicer, g *egress, log *slog.Logger) *tcpEngine {
 	e := &tcpEngine{
-		paths: p, dns: dns, dialHost: dialHostTCP, splicer: s, log: log, events: new(eventHub),
+		paths: p, dns: dns, dialHost: g.dialTCP, egress: g, splicer: s, log: log, events: new(eventHub),
 		listeners: make(map[*tcpListener]struct{}), relays: make(map[*relay]struct{}),
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())

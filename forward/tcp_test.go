@@ -20,7 +20,7 @@ func newTestEngine(t *testing.T, servers map[string]func() (flowConn, error)) *t
 	p := &paths{addrs: testHostMap(), tap: fakeDialer{name: "tap", servers: servers}}
 	s, err := newSplicer(nil)
 	require.NoError(t, err)
-	e := newTCPEngine(p, &nameservers{}, s, slog.New(slog.DiscardHandler))
+	e := newTCPEngine(p, &nameservers{}, s, nil, slog.New(slog.DiscardHandler))
 	t.Cleanup(e.close)
 	return e
 }

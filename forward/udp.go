@@ -60,6 +60,8 @@ type udpConfig struct {
 	// tell.
 	IsDNS      func(dst netip.AddrPort) bool
 	Nameserver func(server netip.Addr, answered bool)
+	// Egress binds the sockets of the host; nil binds none.
+	Egress *egress
 	// Guest returns the container's address of a family, the zero Addr if it
 	// has none.
 	Guest func(is4 bool) netip.Addr
@@ -123,6 +125,7 @@ type udpEngine struct {
 type bindingKey struct {
 	guest netip.AddrPort
 	is4   bool
+	bound bool // by the egress
 }
 
 // publishedKey finds the listener of a port of the container.
@@ -295,7 +298,7 @@ func (e *udpEngine) publishLocked(s *udpSocket) {
 			continue
 		}
 		e.published[key] = s
-		b := e.bindings[bindingKey{netip.AddrPortFrom(e.target(s.rule, is4), s.port), is4}]
+		b := e.bindings[bindingKey{netip.AddrPortFrom(e.target(s.rule, is4), s.port), is4, false}]
 		if b != nil {
 			e.flows.removeAll(func(f *flow) bool { return f.host.sock == b })
 		}

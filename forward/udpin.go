@@ -232,7 +232,7 @@ func (e *udpEngine) acceptInsideLocked(s *udpSocket, client netip.AddrPort, from
 	if !dst.IsValid() {
 		dst = loopbackOf(client.Addr().Is4())
 	}
-	host, err := e.newSocketLocked(nil, dst.Is4(), udpStreams)
+	host, err := e.newSocketLocked(nil, dst.Is4(), e.cfg.Egress.applies(dst), udpStreams)
 	if err != nil {
 		e.log.Debug("no socket on the host", "client", client, "err", err)
 		return nil

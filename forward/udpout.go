@@ -106,6 +106,7 @@ func (e *udpEngine) dialLocked(d *stack.Datagram, key tapKey) (*flow, error) {
 	e.mu.Unlock()
 	dst, err := e.cfg.Destination(d.Dst)
 	query := d.Dst.Port() == 53 && e.cfg.IsDNS(d.Dst)
+	bound := err == nil && e.cfg.Egress.applies(dst.Addr())
 	e.mu.Lock()
 	f := e.flows.byTap[key]
 	if f != nil && !f.dialled {
@@ -125,7 +126,7 @@ func (e *udpEngine) dialLocked(d *stack.Datagram, key tapKey) (*flow, error) {
 	if query {
 		f.server, use = dst.Addr(), udpQueries
 	}
-	s, err := e.socketLocked(d.Src, dst, use)
+	s, err := e.socketLocked(d.Src, dst, bound, use)
 	if err != nil {
 		return nil, err
 	}
@@ -141,34 +142,36 @@ func (e *udpEngine) dialLocked(d *stack.Datagram, key tapKey) (*flow, error) {
 }
 
 // socketLocked returns the socket that speaks for guest to dst: the listener that
-// publishes guest, the socket that guest has already, or a new one.
-func (e *udpEngine) socketLocked(guest, dst netip.AddrPort, use udpUse) (*udpSocket, error) {
+// publishes guest, the socket that guest has already, or a new one. A listener is
+// not bound to the egress.
+func (e *udpEngine) socketLocked(guest, dst netip.AddrPort, bound bool, use udpUse) (*udpSocket, error) {
 	if e.closed {
 		return nil, net.ErrClosed
 	}
 	is4 := dst.Addr().Is4()
-	key := bindingKey{guest, is4}
+	key := bindingKey{guest, is4, bound}
 	s := e.published[publishedKey{guest.Port(), is4}]
-	if s == nil || e.target(s.rule, is4) != guest.Addr() || dst.Addr().IsLoopback() {
+	if s == nil || e.target(s.rule, is4) != guest.Addr() || dst.Addr().IsLoopback() || bound {
 		s = e.bindings[key]
 	}
 	if s == nil {
-		return e.newSocketLocked(&key, is4, use)
+		return e.newSocketLocked(&key, is4, bound, use)
 	}
 	if e.flows.bySock[sockKey{s.id, s.remote(dst)}] != nil {
 		// Two addresses of the container's world are one destination here;
 		// a socket of its own tells the replies apart.
-		return e.newSocketLocked(nil, is4, use)
+		return e.newSocketLocked(nil, is4, bound, use)
 	}
 	return s, nil
 }
 
-// newSocketLocked opens a socket for a binding, or for a single flow if key is nil.
-func (e *udpEngine) newSocketLocked(key *bindingKey, is4 bool, use udpUse) (*udpSocket, error) {
-	fd, err := openUDP(is4)
+// newSocketLocked opens a socket for a binding, or for a single flow if key is nil;
+// bound makes it one of the egress.
+func (e *udpEngine) newSocketLocked(key *bindingKey, is4, bound bool, use udpUse) (*udpSocket, error) {
+	fd, err := e.cfg.Egress.openUDP(is4, bound)
 	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
 		e.flows.evict()
-		fd, err = openUDP(is4)
+		fd, err = e.cfg.Egress.openUDP(is4, bound)
 	}
 	if err != nil {
 		return nil, err

@@ -47,16 +47,6 @@ type udpSocket struct {
 	tooLong   atomic.Pointer[flow] // may have had EMSGSIZE
 }
 
-// openUDP makes a socket of the host for datagrams of one family.
-func openUDP(v4 bool) (int, error) {
-	domain := unix.AF_INET6
-	if v4 {
-		domain = unix.AF_INET
-	}
-	fd, err := unix.Socket(domain, unix.SOCK_DGRAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-	return fd, os.NewSyscallError("socket", err)
-}
-
 // adoptUDP takes the socket out of conn, and closes conn: its descriptor would
 // wake the runtime's poller beside ours for every datagram.
 func adoptUDP(conn *net.UDPConn) (int, error) {
