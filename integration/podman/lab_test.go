@@ -126,6 +126,18 @@ func openLab(t *testing.T, suite string, ours bool) *lab {
 	return l
 }
 
+// minor is Podman's version without its patch level.
+func (l *lab) minor() string {
+	return l.version[:strings.LastIndexByte(l.version, '.')]
+}
+
+func (l *lab) helper() string {
+	if l.ours {
+		return "gofwd"
+	}
+	return "Podman's own"
+}
+
 // cmd is a command in the lab, as the ordinary user.
 func (l *lab) cmd(argv ...string) *exec.Cmd {
 	cmd := exec.Command("lab/run-as-user.sh", append([]string{l.suite}, argv...)...)

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,7 +18,7 @@ import (
 	"github.com/gofwd/gofwd/netnsutil"
 )
 
-var updateREADME = flag.Bool("readme", false, "write the table into README.md")
+var updateREADME = flag.Bool("readme", false, "write the tables into README.md")
 
 // What containers call the host.
 const alias4, alias6 = "169.254.1.2", "fd67:6f66:7764::1"
@@ -62,13 +64,13 @@ func runWith(args ...string) func(*testing.T, *lab) {
 
 var networkModes = []networkMode{
 	{name: "pasta", start: runWith("--network=pasta"), copied: true},
-	{name: "pasta, keep-id", start: runWith("--network=pasta", "--userns=keep-id", "--user=0:0"), copied: true},
-	{name: "pasta, pod", copied: true, start: func(t *testing.T, l *lab) {
+	{name: "pasta with keep-id", start: runWith("--network=pasta", "--userns=keep-id", "--user=0:0"), copied: true},
+	{name: "pasta pod", copied: true, start: func(t *testing.T, l *lab) {
 		t.Helper()
 		l.run(t, append([]string{"podman", "pod", "create", "--name", "pod", "--network=pasta"}, publish...)...)
 		l.run(t, "podman", "run", "-d", "--pod", "pod", "localhost/web")
 	}},
-	{name: "bridge, IPv4", only4: true, start: func(t *testing.T, l *lab) {
+	{name: "bridge, IPv4 only", only4: true, start: func(t *testing.T, l *lab) {
 		t.Helper()
 		l.network(t, "lab4")
 		runWith("--network=lab4")(t, l)
@@ -78,13 +80,13 @@ var networkModes = []networkMode{
 		l.network(t, "lab46", "--ipv6")
 		runWith("--network=lab46")(t, l)
 	}},
-	{name: "ns:", oursOnly: true, start: func(t *testing.T, l *lab) {
+	{name: "`ns:PATH`", oursOnly: true, start: func(t *testing.T, l *lab) {
 		t.Helper()
 		path := l.run(t, "gofwd", "netns", "add", "web")
 		l.run(t, "podman", "run", "-d", "--network=ns:"+path, "localhost/web")
 		l.run(t, append([]string{"gofwd", "attach", "--detach", "--netns", "web"}, publish...)...)
 	}},
-	{name: "none, hook", oursOnly: true, start: func(t *testing.T, l *lab) {
+	{name: "none with the hook", oursOnly: true, start: func(t *testing.T, l *lab) {
 		t.Helper()
 		l.run(t, "podman", "--hooks-dir", "/shared/hooks.d", "run", "-d", "--network=none",
 			"--annotation", "gofwd.publish=8080:80 5353:5353/udp", "localhost/web")
@@ -113,33 +115,62 @@ type cell struct {
 	samePort bool
 }
 
-func (c cell) String() string {
+// role says what the address is to the client of a column. The container's own
+// addresses are given.
+func (c cell) role(column int, container string) string {
+	own := clients[column].dst
+	if clients[column].remote {
+		own = clients[column].own
+	}
+	role, known := map[string]string{
+		alias4: "host alias", alias6: "host alias",
+		host4: "the host's address", host6: "the host's address",
+		client4: "the gateway's address", client6: "the gateway's address",
+	}[c.saw.String()]
 	switch {
 	case !c.saw.IsValid():
-		return "–"
-	case c.samePort:
-		return c.saw.String()
+		return "no answer"
+	case c.saw.String() == own:
+		role = "**own**"
+	case known:
+	case slices.Contains(strings.Fields(container), c.saw.String()):
+		role = "the container's address"
+	case c.saw.IsLinkLocalUnicast():
+		role = "a link-local address"
+	default:
+		role = c.saw.String()
 	}
-	return c.saw.String() + ", other port"
+	if !c.samePort {
+		role += ", other port"
+	}
+	return role
 }
 
-// row asks from everywhere.
-func (m networkMode) row(t *testing.T, l *lab) (cells map[string][]cell) {
+// ask starts a container and asks it from everywhere. With gofwd the answers are
+// checked.
+func (m networkMode) ask(t *testing.T, l *lab) (rows []row) {
 	t.Helper()
 	l.clean(t)
 	m.start(t, l)
 	defer l.clean(t)
-	cells = make(map[string][]cell)
+	container, _ := l.try("podman", "inspect", "--format", // a pod has no container "web"
+		"{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}} {{end}}", "web")
 	for _, network := range []string{"tcp", "udp"} {
+		r := row{helper: l.helper(), modes: []string{m.name}, protocols: []string{strings.ToUpper(network)}, versions: []string{l.minor()}}
 		for i, c := range clients {
 			from := l.host
 			if c.remote {
 				from = l.client
 			}
-			cells[network] = append(cells[network], l.probe(t, m, network, from, i))
+			got := l.probe(t, m, network, from, i)
+			if l.ours {
+				require.Equal(t, cell{m.want(i), true}, got, "Podman %s, %s, %s, client %s", l.version, m.name, network, c.name)
+			}
+			r.seen = append(r.seen, got.role(i, container))
 		}
+		rows = append(rows, r)
 	}
-	return cells
+	return rows
 }
 
 // probe asks once there is an answer: an IPv6 address of a container on a bridge
@@ -164,54 +195,89 @@ func (l *lab) probe(t *testing.T, m networkMode, network string, from *netnsutil
 // TestClientAddresses prints and checks what a server in a container sees of its
 // clients, for each network mode, with gofwd and with Podman's own helpers.
 func TestClientAddresses(t *testing.T) {
-	var out strings.Builder
+	var labs, theirs []*lab
+	var versions []string
 	for _, suite := range suites() {
-		l := openLab(t, suite, true)
-		theirs := openLab(t, suite, false)
-		fmt.Fprintf(&out, "\nPodman %s:\n\n", l.version)
-		writeHead(&out)
-		for _, m := range networkModes {
-			var own map[string][]cell
+		labs, theirs = append(labs, openLab(t, suite, true)), append(theirs, openLab(t, suite, false))
+		versions = append(versions, labs[len(labs)-1].minor())
+	}
+	var ours, own []row
+	for _, m := range networkModes {
+		for i := range labs {
+			ours = append(ours, m.ask(t, labs[i])...)
 			if !m.oursOnly {
-				own = m.row(t, theirs)
-			}
-			ours := m.row(t, l)
-			for _, network := range []string{"tcp", "udp"} {
-				for i, c := range clients {
-					require.Equal(t, cell{m.want(i), true}.String(), ours[network][i].String(), "Podman %s, %s, %s, client %s", l.version, m.name, network, c.name)
-				}
-				writeRow(&out, m.name, network, "gofwd", ours[network])
-				if !m.oursOnly {
-					writeRow(&out, "", "", "Podman's own", own[network])
-				}
+				own = append(own, m.ask(t, theirs[i])...)
 			}
 		}
 	}
-	fmt.Print(out.String())
+	publishTable(t, "podman", addressTable(append(ours, own...), versions))
+}
+
+// row is a row of the table: where all of these networks, protocols and versions of
+// Podman meet, servers saw the same.
+type row struct {
+	helper                     string
+	modes, protocols, versions []string
+	seen                       []string // by column of clients
+}
+
+// fold makes one row of all that differ in one field only.
+func fold(rows []row, field func(*row) *[]string) (folded []row) {
+	for _, r := range rows {
+		i := slices.IndexFunc(folded, func(f row) bool {
+			rest := r
+			*field(&f), *field(&rest) = nil, nil
+			return reflect.DeepEqual(f, rest)
+		})
+		if i < 0 {
+			i = len(folded)
+			folded = append(folded, r)
+			*field(&folded[i]) = nil
+		}
+		*field(&folded[i]) = append(*field(&folded[i]), *field(&r)...)
+	}
+	return folded
+}
+
+// addressTable is the table in Markdown.
+func addressTable(rows []row, versions []string) string {
+	rows = fold(rows, func(r *row) *[]string { return &r.protocols })
+	rows = fold(rows, func(r *row) *[]string { return &r.versions })
+	rows = fold(rows, func(r *row) *[]string { return &r.modes })
+	var out strings.Builder
+	fmt.Fprintf(&out, "Checked with Podman %s, where a row does not say otherwise:\n\n", strings.Join(versions, ", "))
+	out.WriteString("| helper | network | Podman | | client on another host | on the host, by its address | on the host, by loopback |\n|---|---|---|---|---|---|---|\n")
+	for _, r := range rows {
+		podman := strings.Join(r.versions, ", ")
+		if slices.Equal(r.versions, versions) {
+			podman = ""
+		}
+		fmt.Fprintf(&out, "| %s | %s | %s | %s |", r.helper, strings.Join(r.modes, "; "), podman, strings.Join(r.protocols, ", "))
+		for i := 0; i < len(r.seen); i += 2 { // IPv4 and IPv6 of a client
+			seen := r.seen[i]
+			if seen != r.seen[i+1] {
+				seen = fmt.Sprintf("IPv4: %s; IPv6: %s", seen, r.seen[i+1])
+			}
+			fmt.Fprintf(&out, " %s |", seen)
+		}
+		out.WriteString("\n")
+	}
+	return out.String()
+}
+
+// publishTable prints a table, and with -readme puts it between its markers in
+// README.md.
+func publishTable(t *testing.T, marker, table string) {
+	t.Helper()
+	fmt.Printf("\n%s\n", table)
 	if *updateREADME {
-		require.NoError(t, updateTable("../../README.md", out.String()))
+		require.NoError(t, updateTable("../../README.md", marker, table))
 	}
-}
-
-func writeHead(out *strings.Builder) {
-	out.WriteString("| network | | helper |")
-	for _, c := range clients {
-		fmt.Fprintf(out, " %s |", c.name)
-	}
-	out.WriteString("\n|---|---|---|" + strings.Repeat("---|", len(clients)) + "\n")
-}
-
-func writeRow(out *strings.Builder, mode, network, helper string, cells []cell) {
-	fmt.Fprintf(out, "| %s | %s | %s |", mode, strings.ToUpper(network), helper)
-	for _, c := range cells {
-		fmt.Fprintf(out, " %s |", c)
-	}
-	out.WriteString("\n")
 }
 
 // updateTable puts text between the markers of a Markdown file.
-func updateTable(path, text string) error {
-	const begin, end = "<!-- podman:begin -->\n", "<!-- podman:end -->"
+func updateTable(path, marker, text string) error {
+	begin, end := "<!-- "+marker+":begin -->\n", "<!-- "+marker+":end -->"
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return err
@@ -221,5 +287,5 @@ func updateTable(path, text string) error {
 	if !ok || !ok2 {
 		return fmt.Errorf("%s: no %q and %q", path, begin, end)
 	}
-	return os.WriteFile(path, []byte(before+begin+strings.TrimPrefix(text, "\n")+end+after), 0o644)
+	return os.WriteFile(path, []byte(before+begin+text+end+after), 0o644)
 }
