@@ -100,10 +100,8 @@ func (f *flow) describe() Flow {
 	if f.inside.sock != nil {
 		d.Path = Kernel
 	}
-	for _, s := range []*udpSocket{f.host.sock, f.inside.sock} {
-		if s != nil && s.rule != nil {
-			d.Forward = s.rule.id
-		}
+	if f.rule != nil {
+		d.Forward = f.rule.id
 	}
 	return d
 }

@@ -25,7 +25,7 @@ import (
 type acceptor struct {
 	sharedFD
 	e      *tcpEngine
-	to     *atomic.Pointer[tcpTarget]
+	to     *atomic.Pointer[tcpTargets]
 	addr   net.Addr
 	warned atomic.Int64 // when, in Unix seconds
 }
@@ -41,7 +41,7 @@ type connecter interface {
 const acceptBatch = 32
 
 // newAcceptor takes a listener over.
-func newAcceptor(e *tcpEngine, ln *net.TCPListener, to *atomic.Pointer[tcpTarget]) (*acceptor, error) {
+func newAcceptor(e *tcpEngine, ln *net.TCPListener, to *atomic.Pointer[tcpTargets]) (*acceptor, error) {
 	fd, err := duplicate(ln)
 	if err != nil {
 		return nil, err
@@ -96,36 +96,29 @@ func (a *acceptor) warn(msg string, err error) {
 
 // serve takes an accepted connection to where it leads.
 func (a *acceptor) serve(l *spliceLoop, fd int, client netip.AddrPort) {
-	to := a.to.Load()
+	turns := a.to.Load().order()
 	client = unmapped(client)
-	if !to.rule.admit(client.Addr()) {
+	to := turns.begin(client.Addr())
+	if to == nil {
 		closeSocket(fd, true)
 		return
 	}
-	c := &kernelConn{
-		a: a, to: to, client: client, begun: time.Now(), inner: -1,
-		routes: a.e.paths.routes(to.rule.rule, client, to.port),
-	}
-	c.flow = splicedFlow{
-		rule: to.rule, counters: &to.rule.flowCounters, events: a.e.events, ended: c.ended, fds: [2]int{fd, -1},
-	}
+	c := &kernelConn{a: a, to: to, left: turns, client: client, begun: time.Now(), inner: -1}
+	c.flow = splicedFlow{events: a.e.events, ended: c.ended, fds: [2]int{fd, -1}}
 	c.slow.expired = func() { c.isSlow(l) }
 	c.slot = l.newSlot(c)
 	if err := l.watch(fd, socketEvents, c.slot, 0); err != nil {
 		c.fail(l, err)
 		return
 	}
-	if to.rule.rule.ProxyV2 || to.rule.watchesIdle() {
-		c.leave(l) // for what a relay does, and a loop does not
-		return
-	}
-	c.try(l, errors.New("the container has no address that fits"))
+	c.lead(l)
 }
 
 // kernelConn is an accepted connection on its way to the server.
 type kernelConn struct {
 	a      *acceptor
 	to     *tcpTarget
+	left   tcpTurns // the targets to try after it
 	client netip.AddrPort
 	begun  time.Time
 	routes []route // that are left; the first is being tried
@@ -136,6 +129,41 @@ type kernelConn struct {
 	events [2]uint32 // seen meanwhile
 	slow   late
 	flow   splicedFlow
+}
+
+// lead begins to lead c to its target.
+func (c *kernelConn) lead(l *spliceLoop) {
+	rule := c.to.rule
+	c.flow.rule, c.flow.counters = rule, &rule.flowCounters
+	if rule.rule.ProxyV2 || rule.watchesIdle() {
+		c.leave(l) // for what a relay does, and a loop does not
+		return
+	}
+	c.routes = c.a.e.paths.routes(rule.rule, c.client, c.to.port)
+	c.try(l, errors.New("the container has no address that fits"))
+}
+
+// giveUp leads c to the next target, or ends it if there is none; err is why this
+// one was no good.
+func (c *kernelConn) giveUp(l *spliceLoop, err error) {
+	c.to.fail()
+	if !c.elsewhere(l) {
+		c.fail(l, err)
+	}
+}
+
+// elsewhere leads c to the next target. It is false if there is none, and nothing
+// has happened then.
+func (c *kernelConn) elsewhere(l *spliceLoop) bool {
+	next := c.left.admit(c.client.Addr())
+	if next == nil {
+		return false
+	}
+	c.closeInner()
+	c.to.rule.end()
+	c.to = next
+	c.lead(l)
+	return true
 }
 
 // try begins to connect by the next route; err is why the one before was no good.
@@ -163,7 +191,7 @@ func (c *kernelConn) try(l *spliceLoop, err error) {
 			break
 		}
 	}
-	c.fail(l, err)
+	c.giveUp(l, err)
 }
 
 // next goes on to the next route, if that may lead to a server.
@@ -188,11 +216,14 @@ func (c *kernelConn) ready(l *spliceLoop, side int, events uint32) {
 		}
 		c.closeInner()
 		if !c.next(err) {
-			c.fail(l, err)
+			c.giveUp(l, err)
 			return
 		}
 		c.try(l, err)
 	case side == 1 && events&unix.EPOLLOUT != 0:
+		if len(c.left) > 0 && c.to.rule.ctx.Err() != nil && c.elsewhere(l) {
+			return // the rule was removed meanwhile
+		}
 		c.slow.remove()
 		c.route, c.routes = c.routes[0], nil
 		c.to.rule.served(c.client.Addr(), c.route.src.Addr())
@@ -219,6 +250,12 @@ func (c *kernelConn) isSlow(l *spliceLoop) {
 		c.leave(l)
 		return
 	}
+	if len(c.left) > 0 {
+		c.to.fail()
+		if c.elsewhere(l) {
+			return
+		}
+	}
 	l.late.add(&c.slow)
 }
 
@@ -234,7 +271,7 @@ func (c *kernelConn) leave(l *spliceLoop) {
 		c.to.rule.end()
 		return
 	}
-	go c.a.e.serveLeft(c.to, fd)
+	go c.a.e.serveLeft(c.to, c.left, fd)
 }
 
 func (c *kernelConn) closeInner() {
@@ -276,19 +313,18 @@ func (c *kernelConn) log() *slog.Logger {
 	return c.a.e.log.With("client", c.client, "forward", c.a.addr, "path", Kernel)
 }
 
-// serveLeft is [tcpEngine.serveIn] for a connection that a loop has accepted and
-// counted.
-func (e *tcpEngine) serveLeft(to *tcpTarget, fd int) {
+// serveLeft is [tcpEngine.serveTurns] for a connection that a loop has accepted.
+func (e *tcpEngine) serveLeft(to *tcpTarget, left tcpTurns, fd int) {
 	defer e.wg.Done()
-	defer to.rule.end()
 	file := os.NewFile(uintptr(fd), "tcp")
 	c, err := net.FileConn(file)
 	file.Close()
 	if err != nil {
+		to.rule.end()
 		e.log.Warn("connection refused", "err", err)
 		return
 	}
-	e.serveIn(to, c.(*net.TCPConn))
+	e.serveTurns(to, left, c.(*net.TCPConn))
 }
 
 // addrPortOf returns the address of a TCP peer.

@@ -65,7 +65,7 @@ func (g *gate) allows(client netip.Addr) bool {
 	return !g.deny.contains(client) && (len(g.allow) == 0 || g.allow.contains(client))
 }
 
-// admit counts a new connection of client, or refuses it.
+// admit counts a new connection of client, unless a limit is against it.
 func (r *activeRule) admit(client netip.Addr) bool {
 	g := &r.gate
 	if g.limits == (Limits{}) {
@@ -75,7 +75,6 @@ func (r *activeRule) admit(client netip.Addr) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if !g.allows(client) || g.limits.MaxConns > 0 && r.active.Load() >= int64(g.limits.MaxConns) || !g.tokenLocked() {
-		r.refused.Add(1)
 		return false
 	}
 	r.begin()

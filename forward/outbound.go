@@ -93,18 +93,19 @@ func (e *tcpEngine) dialOut(ctx context.Context, dst netip.AddrPort) (flowConn, 
 	}
 }
 
-// serveOut carries a connection from the namespace's loopback to the host's.
-func (e *tcpEngine) serveOut(to *tcpTarget, c flowConn) {
+// serveOut carries a connection from the namespace's loopback to the host's. It is
+// false if there was no server to take it.
+func (e *tcpEngine) serveOut(to *tcpTarget, c flowConn) (served bool) {
 	client := clientOf(c)
 	log := e.log.With("client", client, "forward", c.LocalAddr(), "path", Kernel)
 	outer, err := e.dialRule(to, client)
 	if err != nil {
-		abort(c)
 		log.Debug("connection refused", "err", err)
-		return
+		return false
 	}
 	flow := Flow{Proto: TCP, Dir: Out, Forward: to.rule.id, Client: client, Server: remoteAddr(outer), Path: Kernel}
 	e.relay(&relay{outer: outer, inner: c, rule: to.rule, counters: &to.rule.flowCounters, flow: flow}, log)
+	return true
 }
 
 // dialRule dials where a rule out of the container leads.

@@ -366,31 +366,3 @@ func TestWait(t *testing.T) {
 		require.Eventually(t, func() bool { return len(f.Status().Rules[1].Problems) == 1 }, 5*time.Second, 10*time.Millisecond)
 	}
 }
-
-// One port of the host for two rules, or two instances; one that goes is gone.
-func TestShare(t *testing.T) {
-	f, ns := start(t, Config{})
-	a, b := say(t, ns, "a"), say(t, ns, "b")
-	one, err := f.Add(rule(fmt.Sprintf("8080:%d/tcp,share", a)))
-	require.NoError(t, err)
-	_, err = f.Add(rule(fmt.Sprintf("8080:%d", b)))
-	require.Error(t, err)
-	_, err = f.Add(rule(fmt.Sprintf("8080:%d/tcp,share", b)))
-	require.NoError(t, err)
-	g, other := start(t, Config{Network: Network{IfName: "tap1"}, Rules: []Rule{rule("8080:80/tcp,share")}})
-	serveTCP(t, other, ":80", func(c net.Conn) { io.WriteString(c, "c"); c.Close() })
-	heard := func() map[string]int {
-		n := make(map[string]int)
-		for range 100 {
-			got, err := hear("127.0.0.1:8080")
-			require.NoError(t, err)
-			n[got]++
-		}
-		return n
-	}
-	n := heard()
-	require.Len(t, n, 3, "%v", n)
-	require.NoError(t, f.Remove(one.ID, time.Second))
-	require.NoError(t, g.Close())
-	require.Equal(t, map[string]int{"b": 100}, heard())
-}

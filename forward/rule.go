@@ -168,9 +168,10 @@ type Rule struct {
 	// TargetSocket is a UNIX socket of the host that a rule with Dir Out
 	// leads to; "" leads to Target.
 	TargetSocket string `json:"target_socket,omitempty"`
-	// Share lets other rules with Share, of this and of other instances of
-	// the same user, have the same port (SO_REUSEPORT): the kernel spreads
-	// the clients over them.
+	// Share lets other rules with Share have the same port. Clients are led
+	// to them in turn, and a connection of TCP that one takes not goes to the
+	// next; with other instances of the same user the port is shared by
+	// SO_REUSEPORT, and the kernel spreads the clients over them.
 	Share bool `json:"share,omitempty"`
 	// Wait publishes when the address or the interface is there, and follows
 	// it when it goes and returns; without it, that they are missing is an
@@ -477,7 +478,7 @@ func Validate(rules []Rule) error {
 			if b.Dir != a.Dir || b.Proto != a.Proto || b.Ports.First > a.Ports.Last && a.Socket == "" {
 				break
 			}
-			if Overlaps(a, b) {
+			if Overlaps(a, b) || a == b && a.Share {
 				return overlapError(rules[min(i, j)], rules[max(i, j)])
 			}
 		}

@@ -136,8 +136,10 @@ type plan struct {
 	stay  []*activeRule
 	leave []*activeRule
 	enter []*activeRule
-	// takeover are those of enter that get the sockets of one of leave.
-	takeover map[*activeRule]*activeRule
+	// takeover are those of enter that get the sockets of one of leave, and
+	// join those that share them with another one, which stays or enters
+	// before it.
+	takeover, join map[*activeRule]*activeRule
 }
 
 func (s *ruleSet) change(c Change) (Changed, error) {
@@ -182,7 +184,7 @@ func (s *ruleSet) plan(c Change) (*plan, error) {
 			return nil, fmt.Errorf("forward %d: %w", id, ErrNoForward)
 		}
 	}
-	p := &plan{takeover: make(map[*activeRule]*activeRule)}
+	p := &plan{takeover: make(map[*activeRule]*activeRule), join: make(map[*activeRule]*activeRule)}
 	have := make(map[Rule]*activeRule)
 	wanted := make(map[Rule]bool)
 	for _, rule := range c.Add {
@@ -209,14 +211,29 @@ func (s *ruleSet) plan(c Change) (*plan, error) {
 		}
 		p.named = append(p.named, r)
 	}
-	for _, r := range p.enter {
-		for _, old := range p.leave {
-			if r.rule.Proto == TCP && sameListeners(r.rule, old.rule) {
-				p.takeover[r] = old
+	p.assignSockets()
+	return p, nil
+}
+
+// assignSockets finds those that enter that need no sockets of their own.
+func (p *plan) assignSockets() {
+	taken := make(map[*activeRule]bool)
+	for i, r := range p.enter {
+		same := func(other *activeRule) bool { return !taken[other] && sameListeners(r.rule, other.rule) }
+		if at := slices.IndexFunc(p.leave, same); at >= 0 && r.rule.Proto == TCP {
+			p.takeover[r] = p.leave[at]
+			taken[p.leave[at]] = true
+			continue
+		}
+		if !r.rule.Share {
+			continue
+		}
+		for _, with := range [][]*activeRule{p.stay, p.enter[:i]} {
+			if at := slices.IndexFunc(with, same); at >= 0 {
+				p.join[r] = with[at]
 			}
 		}
 	}
-	return p, nil
 }
 
 // check says what is wrong with rules by themselves.
@@ -242,7 +259,8 @@ func conflict(r Rule, stay []*activeRule) error {
 	return nil
 }
 
-// sameListeners reports whether a and b differ only in where they lead.
+// sameListeners reports whether a and b differ only in where they lead, and have
+// the same sockets from their beginning to their end.
 func sameListeners(a, b Rule) bool {
 	return a.listening() == b.listening() && !a.free() && !a.Auto && !a.Wait
 }
@@ -260,7 +278,7 @@ func (s *ruleSet) bind(p *plan, sockets []Socket) error {
 	var fresh []*activeRule
 	var rules []Rule
 	for _, r := range p.enter {
-		if p.takeover[r] == nil {
+		if p.takeover[r] == nil && p.join[r] == nil {
 			fresh = append(fresh, r)
 			rules = append(rules, r.rule)
 		}
@@ -323,6 +341,14 @@ func (s *ruleSet) commit(p *plan, drain time.Duration) {
 			s.tcp.retarget(old, r)
 			continue
 		}
+		if with := p.join[r]; with != nil {
+			r.takeOver(with)
+			s.tcp.join(with, r)
+			if s.udp != nil {
+				s.udp.join(with, r)
+			}
+			continue
+		}
 		for _, l := range r.takeTCP() {
 			s.tcp.listen(l.stream(), r, l.rule.TargetPorts.First)
 		}
@@ -370,7 +396,7 @@ func (s *ruleSet) setReusePort(r *activeRule, on bool) {
 
 // drain gives the connections of a rule that is removed some time to end.
 func (s *ruleSet) drain(r *activeRule, after time.Duration) {
-	if after <= 0 || r.active.Load() == 0 {
+	if after <= 0 {
 		r.stop()
 		s.tcp.endRelays(r)
 		return
@@ -386,14 +412,17 @@ func (s *ruleSet) drainLater(r *activeRule, after time.Duration) {
 	defer deadline.Stop()
 	look := time.NewTicker(min(after, time.Second))
 	defer look.Stop()
-	for r.active.Load() > 0 {
+	// The first look is not at once: a connection may be accepted, and not yet
+	// be counted.
+	for waiting := true; waiting; {
 		select {
 		case <-look.C:
-			continue
+			waiting = r.active.Load() > 0
 		case <-deadline.C:
+			waiting = false
 		case <-r.ctx.Done():
+			waiting = false
 		}
-		break
 	}
 	r.stop()
 	s.tcp.endRelays(r)

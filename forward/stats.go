@@ -113,10 +113,10 @@ func (r *activeRule) takeTCP() []*boundListener {
 	return tcp
 }
 
-// takeOver gives r what was bound for old.
+// takeOver gives r what was bound for old, which may keep it.
 func (r *activeRule) takeOver(old *activeRule) {
 	old.mu.Lock()
-	bound, failed := old.bound, old.failed
+	bound, failed := slices.Clone(old.bound), slices.Clone(old.failed)
 	old.mu.Unlock()
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -63,7 +64,7 @@ type streamListener interface {
 // tcpListener is one port that is listened on, and where it leads.
 type tcpListener struct {
 	tcpSocket
-	to atomic.Pointer[tcpTarget]
+	to atomic.Pointer[tcpTargets]
 }
 
 // tcpSocket is a [*net.TCPListener], or an [*acceptor].
@@ -73,17 +74,11 @@ type tcpSocket interface {
 	Addr() net.Addr
 }
 
-// tcpTarget is one port of a rule.
-type tcpTarget struct {
-	rule *activeRule
-	port uint16 // on the target side
-}
-
 // listen accepts connections from ln, which the engine owns, until unlisten or
 // close.
 func (e *tcpEngine) listen(ln streamListener, rule *activeRule, port uint16) {
 	l := &tcpListener{tcpSocket: ln}
-	l.to.Store(&tcpTarget{rule, port})
+	l.to.Store(leadTo(&tcpTarget{rule: rule, port: port}))
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed {
@@ -106,7 +101,7 @@ func (e *tcpEngine) listenersOf(rule *activeRule, fn func(*tcpListener)) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for l := range e.listeners {
-		if l.to.Load().rule == rule {
+		if l.to.Load().of(rule) != nil {
 			fn(l)
 		}
 	}
@@ -117,18 +112,32 @@ func (e *tcpEngine) listenersOf(rule *activeRule, fn func(*tcpListener)) {
 func (e *tcpEngine) retarget(from, to *activeRule) {
 	shift := to.rule.TargetPorts.First - from.rule.TargetPorts.First
 	e.listenersOf(from, func(l *tcpListener) {
-		l.to.Store(&tcpTarget{to, l.to.Load().port + shift})
+		old := l.to.Load()
+		next := &tcpTarget{rule: to, port: old.of(from).port + shift}
+		l.to.Store(leadTo(append(old.without(from), next)...))
 	})
 }
 
-// unlisten closes the listeners of rule; its connections go on.
+// join makes the listeners of one rule also those of another that listens on the
+// same ports.
+func (e *tcpEngine) join(with, rule *activeRule) {
+	shift := rule.rule.TargetPorts.First - with.rule.TargetPorts.First
+	e.listenersOf(with, func(l *tcpListener) {
+		old := l.to.Load()
+		next := &tcpTarget{rule: rule, port: old.of(with).port + shift}
+		l.to.Store(leadTo(append(slices.Clone(old.list), next)...))
+	})
+}
+
+// unlisten closes the listeners of rule, but those that it shares; its connections
+// go on.
 func (e *tcpEngine) unlisten(rule *activeRule) {
 	e.closeListeners(rule, func(*tcpListener) bool { return true })
 }
 
 // unlistenPort closes the listeners of one port of rule.
 func (e *tcpEngine) unlistenPort(rule *activeRule, port uint16) {
-	e.closeListeners(rule, func(l *tcpListener) bool { return l.to.Load().port == port })
+	e.closeListeners(rule, func(l *tcpListener) bool { return l.to.Load().of(rule).port == port })
 }
 
 // closeListeners closes those listeners of rule that are chosen. To close one is
@@ -136,10 +145,15 @@ func (e *tcpEngine) unlistenPort(rule *activeRule, port uint16) {
 func (e *tcpEngine) closeListeners(rule *activeRule, chosen func(*tcpListener) bool) {
 	var listeners []*tcpListener
 	e.listenersOf(rule, func(l *tcpListener) {
-		if chosen(l) {
-			delete(e.listeners, l)
-			listeners = append(listeners, l)
+		if !chosen(l) {
+			return
 		}
+		if others := l.to.Load().without(rule); len(others) > 0 {
+			l.to.Store(leadTo(others...))
+			return
+		}
+		delete(e.listeners, l)
+		listeners = append(listeners, l)
 	})
 	for _, l := range listeners {
 		l.Close()
@@ -166,7 +180,7 @@ func (e *tcpEngine) acceptLoop(l *tcpListener, ln streamListener) {
 		case err == nil:
 			delay = minDelay
 			if e.enter() {
-				go e.serve(l.to.Load(), c.(flowConn))
+				go e.serve(l.to.Load().order(), c.(flowConn))
 			} else {
 				abort(c)
 			}
@@ -187,42 +201,55 @@ func (e *tcpEngine) acceptLoop(l *tcpListener, ln streamListener) {
 	}
 }
 
-// serve carries one accepted connection, in the direction of its rule.
-func (e *tcpEngine) serve(to *tcpTarget, c flowConn) {
+// serve carries one accepted connection.
+func (e *tcpEngine) serve(turns tcpTurns, c flowConn) {
 	defer e.wg.Done()
-	if !to.rule.admit(clientOf(c).Addr()) {
-		abort(c)
-		return
-	}
-	defer to.rule.end()
-	if to.rule.rule.Dir == Out {
-		e.serveOut(to, c)
-	} else {
-		e.serveIn(to, c)
-	}
+	e.serveTurns(turns.begin(clientOf(c).Addr()), turns, c)
 }
 
-// serveIn carries a connection from the host into the namespace.
-func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn) {
+// serveTurns carries a connection that to has admitted, in the direction of the
+// rule, or what is left of its turns, if to takes no connection. If nobody does, RST
+// is the nearest to "refused" that there is: the handshake with the client is done.
+func (e *tcpEngine) serveTurns(to *tcpTarget, left tcpTurns, c flowConn) {
+	for to != nil {
+		served := false
+		if to.rule.rule.Dir == Out {
+			served = e.serveOut(to, c)
+		} else {
+			served = e.serveIn(to, c, len(left) == 0)
+		}
+		to.rule.end()
+		if served {
+			return
+		}
+		to.fail()
+		to = left.admit(clientOf(c).Addr())
+	}
+	abort(c)
+}
+
+// serveIn carries a connection from the host into the namespace. It is false if
+// there was no server to take it, who gets less time if it isn't the last that can.
+func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn, last bool) (served bool) {
 	client := clientOf(c)
-	ctx, cancel := context.WithTimeout(to.rule.ctx, dialTimeout)
+	patience := dialTimeout
+	if !last {
+		patience = lateAfter
+	}
+	ctx, cancel := context.WithTimeout(to.rule.ctx, patience)
 	inner, r, err := dial(ctx, e.paths.routes(to.rule.rule, client, to.port))
 	cancel()
 	log := e.log.With("client", client, "forward", c.LocalAddr(), "path", r.path)
 	if err != nil {
-		// The handshake with the client is done: RST is the nearest to
-		// "refused" that there is.
-		abort(c)
 		log.Debug("connection refused", "err", err)
-		return
+		return false
 	}
 	to.rule.served(client.Addr(), r.src.Addr())
 	if to.rule.rule.ProxyV2 {
 		if err := writeProxyHeader(inner, c); err != nil {
-			abort(c)
 			abort(inner)
 			log.Debug("connection refused", "err", err)
-			return
+			return false
 		}
 	}
 	flow := Flow{Proto: TCP, Dir: In, Forward: to.rule.id, Client: client, Server: r.dst, Path: r.path}
@@ -231,6 +258,7 @@ func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn) {
 	}
 	e.relay(&relay{outer: c, inner: inner, rule: to.rule, counters: &to.rule.flowCounters, flow: flow},
 		log.With("source", r.src, "server", r.dst))
+	return true
 }
 
 // clientOf returns the address of the client. That of a UNIX socket is a process

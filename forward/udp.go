@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -221,7 +222,7 @@ func (e *udpEngine) listen(conn *net.UDPConn, rule *activeRule, targetPort uint1
 	if err != nil {
 		return fmt.Errorf("take over UDP socket %s: %w", name, err)
 	}
-	s := &udpSocket{fd: fd, v6: isV6(fd), inside: rule.rule.Dir == Out, rule: rule, port: targetPort}
+	s := &udpSocket{fd: fd, v6: isV6(fd), inside: rule.rule.Dir == Out, to: []udpTarget{{rule, targetPort}}}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if err := e.enterSocketLocked(s, udpListener); err != nil {
@@ -231,28 +232,55 @@ func (e *udpEngine) listen(conn *net.UDPConn, rule *activeRule, targetPort uint1
 	return nil
 }
 
-// unlisten closes the listeners of rule and ends their flows.
-func (e *udpEngine) unlisten(rule *activeRule) {
-	e.closeListeners(func(s *udpSocket) bool { return s.rule == rule })
-}
-
-// unlistenPort is unlisten for one port of rule.
-func (e *udpEngine) unlistenPort(rule *activeRule, port uint16) {
-	e.closeListeners(func(s *udpSocket) bool { return s.rule == rule && s.port == port })
-}
-
-// closeListeners closes those listeners that are chosen. What they published may
-// be published by another one from now on: where one rule replaces another, both
-// have listened for a moment.
-func (e *udpEngine) closeListeners(chosen func(*udpSocket) bool) {
+// join makes the listeners of one rule also those of another that listens on the
+// same ports.
+func (e *udpEngine) join(with, rule *activeRule) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.flows.removeAll(func(f *flow) bool {
-		return chosen(f.host.sock) || f.inside.sock != nil && chosen(f.inside.sock)
-	})
+	shift := rule.rule.TargetPorts.First - with.rule.TargetPorts.First
+	for _, s := range e.sockets {
+		for _, t := range s.to {
+			if t.rule == with {
+				s.to = append(s.to, udpTarget{rule, t.port + shift})
+				e.publishLocked(s)
+				break
+			}
+		}
+	}
+}
+
+// unlisten closes the listeners of rule, but those that it shares, and ends its
+// flows.
+func (e *udpEngine) unlisten(rule *activeRule) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.flows.removeAll(func(f *flow) bool { return f.rule == rule })
+	e.unlistenLocked(func(t udpTarget) bool { return t.rule == rule })
+}
+
+// unlistenPort is unlisten for one port of a rule that shares none.
+func (e *udpEngine) unlistenPort(rule *activeRule, port uint16) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	gone := udpTarget{rule, port}
+	of := func(s *udpSocket) bool { return s != nil && slices.Contains(s.to, gone) }
+	e.flows.removeAll(func(f *flow) bool { return of(f.host.sock) || of(f.inside.sock) })
+	e.unlistenLocked(func(t udpTarget) bool { return t == gone })
+}
+
+// unlistenLocked takes the targets that are gone from the listeners, and closes
+// those that are left without any. What they published may be published by another
+// from now on: where one rule replaces another, both have listened for a moment.
+func (e *udpEngine) unlistenLocked(gone func(udpTarget) bool) {
 	before := len(e.published)
 	for _, s := range e.sockets {
-		if chosen(s) {
+		if !slices.ContainsFunc(s.to, gone) {
+			continue
+		}
+		e.unpublishLocked(s)
+		if slices.ContainsFunc(s.to, func(t udpTarget) bool { return !gone(t) }) {
+			s.to = slices.DeleteFunc(s.to, gone)
+		} else {
 			e.closeSocketLocked(s)
 		}
 	}
@@ -260,7 +288,7 @@ func (e *udpEngine) closeListeners(chosen func(*udpSocket) bool) {
 		return
 	}
 	for _, s := range e.sockets {
-		if s.rule != nil {
+		if s.listens() {
 			e.publishLocked(s)
 		}
 	}
@@ -279,7 +307,7 @@ func (e *udpEngine) setReusePort(rule *activeRule, on bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for _, s := range e.sockets {
-		if s.rule == rule {
+		if s.ofRule(rule) {
 			s.setReusePort(on)
 		}
 	}
@@ -289,18 +317,31 @@ func (e *udpEngine) setReusePort(rule *activeRule, on bool) {
 // can reach any peer. What left by another socket until now starts anew.
 func (e *udpEngine) publishLocked(s *udpSocket) {
 	bound, v4, v6 := s.bound()
-	if s.inside || s.rule.rule.Iface != "" || bound.Addr().IsLoopback() {
+	if s.inside || s.to[0].rule.rule.Iface != "" || bound.Addr().IsLoopback() {
 		return
 	}
-	for _, is4 := range []bool{true, false} {
-		key := publishedKey{s.port, is4}
-		if is4 && !v4 || !is4 && !v6 || e.published[key] != nil {
-			continue
+	for _, t := range s.to {
+		for _, is4 := range []bool{true, false} {
+			key := publishedKey{t.port, is4}
+			if is4 && !v4 || !is4 && !v6 || e.published[key] != nil {
+				continue
+			}
+			e.published[key] = s
+			b := e.bindings[bindingKey{netip.AddrPortFrom(e.target(t.rule, is4), t.port), is4, false}]
+			if b != nil {
+				e.flows.removeAll(func(f *flow) bool { return f.host.sock == b })
+			}
 		}
-		e.published[key] = s
-		b := e.bindings[bindingKey{netip.AddrPortFrom(e.target(s.rule, is4), s.port), is4, false}]
-		if b != nil {
-			e.flows.removeAll(func(f *flow) bool { return f.host.sock == b })
+	}
+}
+
+// unpublishLocked undoes publishLocked.
+func (e *udpEngine) unpublishLocked(s *udpSocket) {
+	for _, t := range s.to {
+		for _, is4 := range []bool{true, false} {
+			if key := (publishedKey{t.port, is4}); e.published[key] == s {
+				delete(e.published, key)
+			}
 		}
 	}
 }
@@ -345,11 +386,7 @@ func (e *udpEngine) closeSocketLocked(s *udpSocket) {
 	if s.binding != nil && e.bindings[*s.binding] == s {
 		delete(e.bindings, *s.binding)
 	}
-	for _, is4 := range []bool{true, false} {
-		if key := (publishedKey{s.port, is4}); s.rule != nil && e.published[key] == s {
-			delete(e.published, key)
-		}
-	}
+	e.unpublishLocked(s)
 	s.close()
 }
 
@@ -381,7 +418,7 @@ func (e *udpEngine) removed(f *flow) {
 		if s == nil {
 			continue
 		}
-		if s.flows--; s.flows == 0 && s.rule == nil {
+		if s.flows--; s.flows == 0 && !s.listens() {
 			if s.inside && e.cfg.Released != nil {
 				e.cfg.Released(f.peer.Addr())
 			}

@@ -21,8 +21,9 @@ const (
 type flow struct {
 	// Immutable.
 	guest, peer netip.AddrPort // the two endpoints, as the namespace sees them
-	counters    *flowCounters
-	dialled     bool // the container began it: peer is mapped by udpConfig.Destination
+	rule        *activeRule    // that it is of, nil if it is of none
+	counters    *flowCounters  // of the rule, or of what is of none
+	dialled     bool           // the container began it: peer is mapped by udpConfig.Destination
 	// server is the nameserver that a flow of queries goes to: it ends when
 	// every query has its answer. The zero Addr is another flow.
 	server netip.Addr

@@ -151,9 +151,9 @@ func (e *udpEngine) acceptLocked(s *udpSocket, from *sockaddr) *flow {
 	switch {
 	case e.closed:
 		return nil
-	case s.rule != nil && s.inside:
+	case s.listens() && s.inside:
 		f = e.acceptInsideLocked(s, client, from)
-	case s.rule != nil:
+	case s.listens():
 		f = e.acceptClientLocked(s, client)
 	case s.group.Load() && s.binding != nil:
 		// An answer to a multicast comes from whoever has one.
@@ -177,18 +177,18 @@ func (e *udpEngine) acceptLocked(s *udpSocket, from *sockaddr) *flow {
 // e.mu while a socket is made in the namespace; only the worker of s accepts on s,
 // so nobody else begins the same flow.
 func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort) *flow {
-	if !s.rule.gate.allows(client.Addr()) {
-		s.rule.refused.Add(1)
+	to, ok := s.choose(client.Addr())
+	if !ok {
 		return nil
 	}
-	guest := netip.AddrPortFrom(e.target(s.rule, client.Addr().Is4()), s.port)
-	if e.cfg.LoopbackInside && client.Addr().IsLoopback() && !s.rule.rule.Target.IsValid() {
-		guest = netip.AddrPortFrom(loopbackOf(client.Addr().Is4()), s.port)
+	guest := netip.AddrPortFrom(e.target(to.rule, client.Addr().Is4()), to.port)
+	if e.cfg.LoopbackInside && client.Addr().IsLoopback() && !to.rule.rule.Target.IsValid() {
+		guest = netip.AddrPortFrom(loopbackOf(client.Addr().Is4()), to.port)
 	}
 	if !guest.Addr().IsValid() {
 		return nil
 	}
-	f := &flow{guest: guest, peer: e.cfg.Source(client, guest.Addr()), counters: &s.rule.flowCounters}
+	f := &flow{guest: guest, peer: e.cfg.Source(client, guest.Addr()), rule: to.rule, counters: &to.rule.flowCounters}
 	if e.cfg.Inside == nil {
 		return f
 	}
@@ -205,7 +205,7 @@ func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort) *flo
 		e.log.Debug("no socket in the namespace", "client", client, "target", guest, "err", err)
 		return nil
 	}
-	if e.sockets[s.id] != s { // unlisten came in between
+	if e.sockets[s.id] != s || !s.ofRule(to.rule) { // unlisten came in between
 		e.closeSocketLocked(f.inside.sock)
 		return nil
 	}
@@ -228,7 +228,11 @@ func (e *udpEngine) adoptInsideLocked(conn *net.UDPConn, guest netip.AddrPort) (
 // acceptInsideLocked begins a flow from a client in the namespace to the host's
 // side of a rule of direction Out.
 func (e *udpEngine) acceptInsideLocked(s *udpSocket, client netip.AddrPort, from *sockaddr) *flow {
-	dst := s.rule.rule.Target
+	to, ok := s.choose(client.Addr())
+	if !ok {
+		return nil
+	}
+	dst := to.rule.rule.Target
 	if !dst.IsValid() {
 		dst = loopbackOf(client.Addr().Is4())
 	}
@@ -239,9 +243,10 @@ func (e *udpEngine) acceptInsideLocked(s *udpSocket, client netip.AddrPort, from
 	}
 	return &flow{
 		guest:    client,
-		counters: &s.rule.flowCounters,
+		rule:     to.rule,
+		counters: &to.rule.flowCounters,
 		inside:   flowEnd{sock: s, remote: *from},
-		host:     flowEnd{sock: host, remote: host.remote(netip.AddrPortFrom(dst, s.port))},
+		host:     flowEnd{sock: host, remote: host.remote(netip.AddrPortFrom(dst, to.port))},
 	}
 }
 

@@ -130,8 +130,8 @@ func (e *udpEngine) dialLocked(d *stack.Datagram, key tapKey) (*flow, error) {
 	if err != nil {
 		return nil, err
 	}
-	if s.rule != nil {
-		f.counters = &s.rule.flowCounters
+	if f.rule = e.publisherLocked(s, d.Src, dst.Addr().Is4()); f.rule != nil {
+		f.counters = &f.rule.flowCounters
 	}
 	if dst.Addr().IsMulticast() {
 		s.group.Store(true)
@@ -151,7 +151,7 @@ func (e *udpEngine) socketLocked(guest, dst netip.AddrPort, bound bool, use udpU
 	is4 := dst.Addr().Is4()
 	key := bindingKey{guest, is4, bound}
 	s := e.published[publishedKey{guest.Port(), is4}]
-	if s == nil || e.target(s.rule, is4) != guest.Addr() || dst.Addr().IsLoopback() || bound {
+	if s == nil || e.publisherLocked(s, guest, is4) == nil || dst.Addr().IsLoopback() || bound {
 		s = e.bindings[key]
 	}
 	if s == nil {
@@ -163,6 +163,17 @@ func (e *udpEngine) socketLocked(guest, dst netip.AddrPort, bound bool, use udpU
 		return e.newSocketLocked(nil, is4, bound, use)
 	}
 	return s, nil
+}
+
+// publisherLocked returns the rule by which the listener s publishes guest, nil if
+// there is none.
+func (e *udpEngine) publisherLocked(s *udpSocket, guest netip.AddrPort, is4 bool) *activeRule {
+	for _, t := range s.to {
+		if t.port == guest.Port() && e.target(t.rule, is4) == guest.Addr() {
+			return t.rule
+		}
+	}
+	return nil
 }
 
 // newSocketLocked opens a socket for a binding, or for a single flow if key is nil;

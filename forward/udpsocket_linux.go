@@ -21,7 +21,7 @@ const udpBuffer = 7 << 20
 // (RFC 4787), so that STUN and hole punching work; and it outlives a change of the
 // host's addresses, unlike one whose source address connect(2) has fixed.
 //
-// Three kinds have the same fields: listeners (rule is set), the container's own
+// Three kinds have the same fields: listeners (to is set), the container's own
 // ports on the host (binding is set), and ends of single flows in the namespace.
 type udpSocket struct {
 	// Immutable.
@@ -29,11 +29,10 @@ type udpSocket struct {
 	v6     bool // an IPv6 socket, though it may carry IPv4
 	inside bool // made in the namespace: what arrives here goes out
 	poll   *poller
-	// Of a listener: its rule, and its port of the rule on the target's side.
-	rule *activeRule
-	port uint16
 
 	// The engine's mutex guards these.
+	to      []udpTarget // of a listener: where it leads
+	turn    int         // of the targets
 	binding *bindingKey
 	flows   int
 
