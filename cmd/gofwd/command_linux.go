@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -22,10 +23,12 @@ type command struct {
 	ns         *netnsutil.NS
 	resolvConf []byte // instead of /etc/resolv.conf; nil leaves it
 	detached   bool
+	pidNS      bool // is the first process of a PID namespace
 	log        *slog.Logger
 
-	cmd  *exec.Cmd
-	done chan error // how it ended, once
+	cmd     *exec.Cmd
+	done    chan error   // how it ended, once
+	endedBy atomic.Int32 // the signal that a SIGKILL stood for
 }
 
 // start starts the command from a thread of its own, which then waits for it: a
@@ -54,6 +57,9 @@ func (c *command) start() error {
 		}
 	}
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if c.pidNS {
+		isolate(c.cmd)
+	}
 	c.done = make(chan error, 1)
 	started := make(chan error)
 	go c.runOnOwnThread(started)
@@ -76,6 +82,9 @@ func (c *command) runOnOwnThread(started chan<- error) {
 	err := c.cmd.Wait()
 	if c.cmd.ProcessState != nil {
 		err = waitStatus(c.cmd.ProcessState)
+		if s := c.endedBy.Load(); s != 0 && err == exitStatus(128+int(unix.SIGKILL)) {
+			err = exitStatus(128 + s)
+		}
 	}
 	c.done <- err
 }
@@ -106,7 +115,7 @@ func (c *command) enter() error {
 func (c *command) wait() error { return <-c.done }
 
 // signal sends s to the command, unless it has ended.
-func (c *command) signal(s syscall.Signal) { _ = c.cmd.Process.Signal(s) }
+func (c *command) signal(s syscall.Signal) { _ = c.cmd.Process.Signal(c.initSignal(s)) }
 
 // notRunnable gives err of starting program the exit code that a shell would.
 func notRunnable(program string, err error) error {
@@ -154,7 +163,7 @@ func (f *groupFilter) order(s syscall.Signal) {
 // pass sends what is pending.
 func (f *groupFilter) pass() {
 	for _, s := range f.pending {
-		if time.Since(f.last[s]) > 2*groupDelay || !f.cmd.inOurGroup() {
+		if time.Since(f.last[s]) > 2*groupDelay || !f.cmd.inOurGroup() || f.cmd.initSignal(s) != s {
 			f.cmd.signal(s)
 		}
 	}

@@ -51,7 +51,10 @@ type options struct {
 
 	// Of pasta alone.
 	userNS    string    // --userns
-	netNSOnly bool      // join no user namespace
+	netNSOnly bool      // join no user namespace, and make none
+	pidNS     bool      // COMMAND gets a PID namespace
+	runAs     *identity // nil: who we are
+	stats     time.Duration
 	logTo     io.Writer // nil: standard error
 	noVerb    bool      // options follow the program's name at once
 	// retryPorts is for how long busy ports are tried again.
@@ -124,6 +127,9 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 	net.BoolVarP(&o.only6, "ipv6-only", "6", false, "no IPv4")
 	net.Var(&addrsFlag[netip.Addr]{&network.HostAlias, &network.NoHostAlias, parseAddr}, "host-alias", "`ADDR|none`: what the container calls the host's main address, one of each family (default 169.254.1.2 and fd67:6f66:7764::1)")
 	net.Var(&addrsFlag[netip.Addr]{&network.MapHostLoopback, new(bool), parseAddr}, "map-host-loopback", "`ADDR|none`: what the container calls the host's loopback (default none: it does not reach it)")
+	net.Var(&addrsFlag[netip.Addr]{&cfg.OutboundAddrs, nil, parseAddr}, "outbound", "`ADDR`: the host's address that the world sees of what the container begins, one of each family (default as the host's routing has it)")
+	net.StringVar(&cfg.OutboundIf4, "outbound-if4", "", "`IFACE`: the host's interface by which that leaves, for IPv4")
+	net.StringVar(&cfg.OutboundIf6, "outbound-if6", "", "`IFACE`: the same for IPv6")
 	net.Var(&addrsFlag[forward.Destination]{&cfg.Allow, nil, forward.ParseDestination}, "allow", "`DEST`: what the container may speak to although --deny names it, or if there is no --deny all it may speak to; an address, a prefix, *, host (the host's addresses) or loopback (its loopback), and :PORT[-PORT]")
 	net.Var(&addrsFlag[forward.Destination]{&cfg.Deny, nil, forward.ParseDestination}, "deny", "`DEST`: what it may not speak to, such as 192.168.0.0/16, host or *:25")
 	net.BoolVar(&cfg.NoTCP, "no-tcp", false, "forward no TCP")
@@ -191,6 +197,7 @@ func (o *options) complete() error {
 		oneOfEach("address", addrs),
 		oneOfEach("gateway", network.Gateways),
 		oneOfEach("host-alias", network.HostAlias),
+		oneOfEach("outbound", o.config.OutboundAddrs),
 	); err != nil {
 		return err
 	}

@@ -44,6 +44,7 @@ type inner struct {
 	forwarder *forward.Forwarder
 	ended     chan error // of forwarder.Wait
 	server    *control.Server
+	stats     *statsPrinter // nil without
 }
 
 // newInner takes over what outer passed to this process.
@@ -142,6 +143,7 @@ func (i *inner) start(ctx context.Context) error {
 	go i.waitForwarder()
 	i.server = control.NewServer(control.Config{Forwarder: f, Version: readVersion().Version, Reload: i.reloader(), Logger: i.log})
 	go i.serveControl()
+	i.stats = startStats(i.opts.stats, f)
 	if !i.opts.quiet {
 		printChosen(os.Stdout, f.Status())
 	}
@@ -207,6 +209,7 @@ func (i *inner) serveControl() {
 }
 
 func (i *inner) close() error {
+	i.stats.close()
 	i.server.Close()
 	return i.forwarder.Close()
 }
@@ -257,6 +260,7 @@ func (i *inner) run(ctx context.Context, argv []string) error {
 		ns:         i.ns,
 		resolvConf: i.resolvConf(),
 		detached:   i.opts.detachedFD >= 0,
+		pidNS:      i.opts.pidNS,
 		log:        i.log,
 	}
 	if err := cmd.start(); err != nil {

@@ -131,6 +131,11 @@ func openOuter(o *options, argv []string, hint string) (_ *outer, err error) {
 	if u.control, u.socket, err = listenControl(o.name, hint); err != nil {
 		return nil, err
 	}
+	if o.runAs != nil {
+		if err := o.runAs.become(); err != nil {
+			return nil, err
+		}
+	}
 	return u, nil
 }
 
@@ -205,7 +210,11 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 		again = append(again, innerSocketOption+"="+s.Name)
 	}
 	cfg.Args = u.opts.again(u.argv, again...)
-	proc, err := netnsutil.Spawn(cfg)
+	start := netnsutil.Spawn
+	if ns == nil && u.opts.netNSOnly {
+		start = spawnHere
+	}
+	proc, err := start(cfg)
 	if err != nil {
 		ours.Close()
 		return nil, err
@@ -213,6 +222,11 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 	in := &inside{link: ours, pid: proc.Pid, done: make(chan error, 1)}
 	go in.waitProcess(proc)
 	return in, nil
+}
+
+// spawnHere is netnsutil.Spawn without another user namespace.
+func spawnHere(cfg netnsutil.SpawnConfig) (*os.Process, error) {
+	return os.StartProcess("/proc/self/exe", cfg.Args, &os.ProcAttr{Files: cfg.Files})
 }
 
 // dupNS returns a file that is the namespace, and the caller's to close.

@@ -48,6 +48,9 @@ func executePasta(argv []string) int {
 func runPasta(argv []string) error {
 	p := newPasta()
 	args := p.takeOwn(argv[1:])
+	if p.exec != nil {
+		return becomeCommand(p.exec)
+	}
 	rest, err := getopt(p.options(), args)
 	switch {
 	case err != nil:
@@ -75,6 +78,7 @@ func printTo(w io.Writer, text string) error {
 type pasta struct {
 	o *options
 
+	exec          []string // behind execOption
 	help, version bool
 	foreground    bool
 	configNet     bool
@@ -82,6 +86,7 @@ type pasta struct {
 	noCopyRoutes  bool
 	noMapGW       bool
 	noSplice      bool
+	noPIDNS       bool
 	netNS, userNS string
 	template      string // --interface
 	netmask       string
@@ -125,6 +130,9 @@ func (p *pasta) takeOwn(args []string) []string {
 	for ; len(args) > 0; args = args[1:] {
 		name, value, _ := strings.Cut(args[0], "=")
 		switch name {
+		case execOption:
+			p.exec = args[1:]
+			return nil
 		case innerOption:
 			p.o.inner = true
 		case innerNetNSOption:
@@ -156,6 +164,12 @@ func (p *pasta) complete(rest []string) error {
 	}
 	if p.noSplice && o.config.HostLoopbackToNSLoopback {
 		return errors.New("--no-splice is incompatible with --host-lo-to-ns-lo")
+	}
+	if p.noSplice && o.config.LoopbackOnly {
+		return errors.New("--splice-only is incompatible with --no-splice")
+	}
+	if o.stats > 0 && o.detach {
+		return errors.New("--stats needs --foreground")
 	}
 	if p.noSplice {
 		o.config.Datapath = forward.Tap
@@ -193,7 +207,11 @@ func (p *pasta) chooseTarget(rest []string) error {
 		}
 		p.command = rest
 		o.quiet = true
+		o.pidNS = !p.noPIDNS
 		return nil
+	}
+	if p.noPIDNS {
+		return errors.New("--no-pidns is incompatible with PID or --netns")
 	}
 	o.detach = !p.foreground
 	return nil

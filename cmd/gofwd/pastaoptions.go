@@ -3,7 +3,9 @@ package main
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strconv"
+	"time"
 )
 
 // minLogSize is the least size of a log file: pasta's 5 pages, or stdio buffers.
@@ -40,12 +42,16 @@ func (p *pasta) options() []longOption {
 		{"log-size", 0, true, p.setLogSize},
 		{"pcap", 'p', true, word(&o.pcap)},
 		{"pid", 'P', true, word(&o.pidFile)},
+		{"stats", 0, true, p.setStats},
+		{"runas", 0, true, p.setRunAs},
+		{"fd", 'F', true, nothing}, // of a virtual machine
 
 		// The namespace.
 		{"userns", 0, true, word(&p.userNS)},
 		{"netns", 0, true, word(&p.netNS)},
 		{"netns-only", 0, false, flag(&o.netNSOnly)},
 		{"no-netns-quit", 0, false, flag(&cfg.IgnoreGone)},
+		{"no-pidns", 0, false, flag(&p.noPIDNS)},
 		{"config-net", 0, false, flag(&p.configNet)},
 		{"no-copy-routes", 0, false, flag(&p.noCopyRoutes)},
 		{"no-copy-addrs", 0, false, flag(&p.noCopyAddrs)},
@@ -57,6 +63,11 @@ func (p *pasta) options() []longOption {
 		{"interface", 'i', true, word(&p.template)},
 		{"ipv4-only", '4', false, flag(&network.NoIPv6)},
 		{"ipv6-only", '6', false, flag(&network.NoIPv4)},
+
+		// The way out.
+		{"outbound", 'o', true, p.setOutbound},
+		{"outbound-if4", 0, true, word(&cfg.OutboundIf4)},
+		{"outbound-if6", 0, true, word(&cfg.OutboundIf6)},
 
 		// Names and addresses with a meaning.
 		{"dns-forward", 0, true, addAddr("dns-forward", &network.DNS)},
@@ -72,6 +83,8 @@ func (p *pasta) options() []longOption {
 		{"udp-ns", 'U', true, spec(3)},
 		{"host-lo-to-ns-lo", 0, false, flag(&cfg.HostLoopbackToNSLoopback)},
 		{"no-splice", 0, false, flag(&p.noSplice)},
+		{"splice-only", 0, false, flag(&cfg.LoopbackOnly)},
+		{"freebind", 0, false, flag(&cfg.FreeBind)},
 		{"no-tcp", 0, false, flag(&cfg.NoTCP)},
 		{"no-udp", 0, false, flag(&cfg.NoUDP)},
 		{"no-icmp", 0, false, flag(&cfg.NoICMP)},
@@ -93,7 +106,6 @@ func (p *pasta) refused() []longOption {
 	return []longOption{
 		refuse("socket", 's', true, vm),
 		refuse("socket-path", 0, true, vm),
-		refuse("fd", 'F', true, vm),
 		refuse("one-off", '1', false, vm),
 		refuse("vhost-user", 0, false, vm),
 		refuse("print-capabilities", 0, false, vm),
@@ -103,14 +115,9 @@ func (p *pasta) refused() []longOption {
 		refuse("no-dhcp-dns", 0, false, vm),
 		refuse("no-dhcp-search", 0, false, vm),
 
-		refuse("stats", 0, true, notDone+": see gofwd status"),
-		refuse("runas", 0, true, notDone),
 		refuse("conf-path", 'c', true, notDone),
 		refuse("mac-addr", 'M', true, notDone),
 		refuse("ns-mac-addr", 0, true, notDone),
-		refuse("outbound", 'o', true, notDone),
-		refuse("outbound-if4", 0, true, notDone),
-		refuse("outbound-if6", 0, true, notDone),
 		refuse("dns", 'D', true, notDone),
 		refuse("search", 'S', true, notDone),
 		refuse("dhcp-dns", 0, false, notDone),
@@ -119,11 +126,8 @@ func (p *pasta) refused() []longOption {
 		refuse("no-dhcpv6", 0, false, notDone),
 		refuse("no-ndp", 0, false, notDone),
 		refuse("no-ra", 0, false, notDone),
-		refuse("freebind", 0, false, notDone),
 		refuse("hostname", 'H', true, notDone),
 		refuse("fqdn", 0, true, notDone),
-		refuse("no-pidns", 0, false, notDone),
-		refuse("splice-only", 0, false, notDone),
 	}
 }
 
@@ -133,6 +137,37 @@ func (p *pasta) setLogSize(arg string) error {
 		return fmt.Errorf("--log-size %s: not a number from %d on", arg, minLogSize)
 	}
 	p.logSize = n
+	return nil
+}
+
+// setStats takes a number of seconds.
+func (p *pasta) setStats(arg string) error {
+	n, err := strconv.ParseUint(arg, 10, 31)
+	if err != nil {
+		return fmt.Errorf("--stats %s: not a number of seconds", arg)
+	}
+	p.o.stats = time.Duration(n) * time.Second
+	return nil
+}
+
+func (p *pasta) setRunAs(arg string) error {
+	id, err := parseIdentity(arg)
+	if err != nil {
+		return fmt.Errorf("--runas %s: %w", arg, err)
+	}
+	p.o.runAs = &id
+	return nil
+}
+
+// setOutbound takes one address of each family; of several the last one counts.
+func (p *pasta) setOutbound(arg string) error {
+	a, err := parseAddr(arg)
+	if err != nil {
+		return fmt.Errorf("--outbound %s: %w", arg, err)
+	}
+	addrs := &p.o.config.OutboundAddrs
+	*addrs = slices.DeleteFunc(*addrs, func(old netip.Addr) bool { return old.Is4() == a.Is4() })
+	*addrs = append(*addrs, a)
 	return nil
 }
 
