@@ -3,7 +3,7 @@
 //
 // # Theory of operation
 //
-//	container │ tap ── Device ── endpoint ─┬─ ARP, NDP            neigh.go
+//	container │ tap ── Device ── endpoint ─┬─ ARP, NDP            neigh.go ─► Config.RouterSolicit
 //	          │                            ├─ fragments           fragment.go ─► endpoint again
 //	          │                            ├─ TCP SYN, held       syn.go ─► Config.TCP
 //	          │                            ├─ TCP, the rest       gVisor ─► Conn

@@ -17,8 +17,8 @@ import (
 	gstack "gvisor.dev/gvisor/pkg/tcpip/stack"
 )
 
-// gatewayMAC is our end of the link: locally administered, and "gofwd" in ASCII.
-var gatewayMAC = [6]byte{0x02, 'g', 'o', 'f', 'w', 'd'}
+// defaultMAC is our end of the link: locally administered, and "gofwd" in ASCII.
+var defaultMAC = [6]byte{0x02, 'g', 'o', 'f', 'w', 'd'}
 
 // maxIPLen is the longest IP packet, and not by chance the largest buffer that
 // gVisor pools (buffer.MaxChunkSize): with the Ethernet header read elsewhere, a
@@ -43,6 +43,7 @@ type endpoint struct {
 	offloads Offloads
 	guest    atomic.Pointer[[6]byte] // the container's MAC address
 	own      map[netip.Addr]bool     // the container's addresses; immutable
+	mac      [6]byte                 // ours; immutable
 	log      *slog.Logger
 	stats    *counters
 	capture  capture
@@ -54,6 +55,9 @@ type endpoint struct {
 	echo func(*Echo)
 	idle func()
 	syn  func(*packet, []byte) bool // reports whether it kept the SYN
+
+	noNDP         bool
+	routerSolicit func(from netip.Addr)
 
 	// Of the reading goroutine: no packet of ours allocates.
 	pkt      packet
@@ -132,7 +136,7 @@ func (e *endpoint) readLoop() {
 func (e *endpoint) receive(head []byte, view *buffer.View, n int) (kept bool) {
 	eth := head[vnetHdrLen:]
 	dst := [6]byte(eth[0:6])
-	if dst != gatewayMAC && dst[0]&1 == 0 {
+	if dst != e.mac && dst[0]&1 == 0 {
 		e.stats.foreignMAC.Add(1)
 		return false
 	}

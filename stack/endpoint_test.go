@@ -56,7 +56,7 @@ func (w *wire) send(vnet vnetHdr, dst [6]byte, ethType uint16, payload []byte) {
 }
 
 func (w *wire) sendIP(vnet vnetHdr, ip []byte) {
-	w.send(vnet, gatewayMAC, ethTypeOf(ip), ip)
+	w.send(vnet, defaultMAC, ethTypeOf(ip), ip)
 }
 
 func ethTypeOf(ip []byte) uint16 {
@@ -176,7 +176,7 @@ func TestARP(t *testing.T) {
 	_, ethType, b := w.receive()
 	require.EqualValues(t, ethTypeARP, ethType)
 	want := []byte{0, 1, 8, 0, 6, 4, 0, 2}
-	want = append(want, gatewayMAC[:]...)
+	want = append(want, defaultMAC[:]...)
 	want = append(want, gateway.AsSlice()...)
 	want = append(want, guestMAC[:]...)
 	require.Equal(t, append(want, guest4.AsSlice()...), b)
@@ -206,7 +206,53 @@ func TestNDP(t *testing.T) {
 	require.Equal(t, gateway, p.src)
 	require.Equal(t, guest6, p.dst)
 	require.EqualValues(t, ndpAdvertise, p.l4[0])
-	require.Equal(t, gatewayMAC[:], p.l4[26:32])
+	require.Equal(t, defaultMAC[:], p.l4[26:32])
+}
+
+// What a container that configures itself needs of the link: its solicitation is
+// passed on, and the answer has our MAC address, and a whole checksum where a
+// packet socket looks at that.
+func TestServicesOnTheLink(t *testing.T) {
+	mac := [6]byte{2, 1, 2, 3, 4, 5}
+	solicited := make(chan netip.Addr, 8)
+	w := newWire(t, Config{
+		GatewayMAC: mac[:], NoNDP: true,
+		RouterSolicit: func(from netip.Addr) { solicited <- from },
+	})
+	require.Equal(t, mac[:], []byte(w.s.GatewayMAC()))
+	link, router := netip.MustParseAddr("fe80::5"), netip.MustParseAddr("fe80::1")
+	ndp := func(kind, hops uint8, src netip.Addr) []byte {
+		l4 := make([]byte, 24)
+		l4[0] = kind
+		copy(l4[8:], router.AsSlice())
+		dst := netip.MustParseAddr("ff02::2")
+		putICMPSum(l4, src, dst)
+		b := make([]byte, ip6HdrLen)
+		putIP(b, ipHdr{src: src, dst: dst, proto: protoICMPv6, hops: hops, payloadLen: len(l4)})
+		return append(b, l4...)
+	}
+	toRouters := [6]byte{0x33, 0x33, 0, 0, 0, 2}
+	w.send(vnetHdr{}, toRouters, ethTypeIPv6, ndp(ndpSolicit, 255, link)) // unanswered: NoNDP
+	w.send(vnetHdr{}, toRouters, ethTypeIPv6, ndp(ndpRouterSolicit, 64, guest6))
+	w.send(vnetHdr{}, toRouters, ethTypeIPv6, ndp(ndpRouterSolicit, 255, link))
+	require.Equal(t, link, <-solicited, "not the one that came over a router")
+
+	require.NoError(t, w.s.WriteNDP(router, link, make([]byte, 16)))
+	_, _, b := w.receive()
+	var p packet
+	require.NoError(t, p.parse(vnetHdr{}, b))
+	require.NoError(t, p.verify())
+	require.EqualValues(t, 255, p.hops)
+
+	require.NoError(t, w.s.WriteUDP(&Datagram{
+		Src: netip.AddrPortFrom(client4, 67), Dst: netip.MustParseAddrPort("255.255.255.255:68"),
+		Payload: []byte("lease"), Checksummed: true,
+	}))
+	h, _, b := w.receive()
+	require.Zero(t, h.flags&vnetNeedsCsum)
+	require.NoError(t, p.parse(h, b))
+	require.NotZero(t, p.l4[6]|p.l4[7])
+	require.NoError(t, p.verify())
 }
 
 func TestUDPBothWays(t *testing.T) {
@@ -460,7 +506,7 @@ func TestMalformedFramesCostNothing(t *testing.T) {
 	for i := range good {
 		bad := bytes.Clone(good)
 		bad[i] ^= 0x55
-		w.send(vnetHdr{}, gatewayMAC, ethTypeIPv4, bad)
+		w.send(vnetHdr{}, defaultMAC, ethTypeIPv4, bad)
 	}
 	w.sendIP(vnetHdr{}, good)
 	require.Equal(t, "good", string(k.next(t).Payload))
@@ -568,7 +614,7 @@ func TestUDPDoesNotAllocate(t *testing.T) {
 		require.Zero(t, testing.AllocsPerRun(1000, func() {
 			_ = e.writeUDP(d)
 			head := e.getHdr()
-			copy(head.buf[vnetHdrLen:], gatewayMAC[:])
+			copy(head.buf[vnetHdrLen:], defaultMAC[:])
 			copy(head.buf[vnetHdrLen+6:], guestMAC[:])
 			binary.BigEndian.PutUint16(head.buf[vnetHdrLen+12:], ethTypeOf(b))
 			e.receive(head.buf[:vnetHdrLen+ethHdrLen], view, len(b))

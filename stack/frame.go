@@ -33,7 +33,7 @@ func ipHdrLen(addr netip.Addr) int {
 func (e *endpoint) putEth(b []byte, v6 bool) {
 	guest := e.guest.Load()
 	copy(b[0:6], guest[:])
-	copy(b[6:12], gatewayMAC[:])
+	copy(b[6:12], e.mac[:])
 	if v6 {
 		binary.BigEndian.PutUint16(b[12:], ethTypeIPv6)
 	} else {

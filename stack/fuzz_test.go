@@ -18,7 +18,7 @@ func FuzzFrame(f *testing.F) {
 		synPacket(in, out, 1), synPacket(in6, out6, 1),
 	} {
 		frame := make([]byte, vnetHdrLen+ethHdrLen)
-		copy(frame[vnetHdrLen:], gatewayMAC[:])
+		copy(frame[vnetHdrLen:], defaultMAC[:])
 		frame[vnetHdrLen+12] = 8
 		if ip[0]>>4 == 6 {
 			frame[vnetHdrLen+12], frame[vnetHdrLen+13] = 0x86, 0xdd
@@ -31,6 +31,8 @@ func FuzzFrame(f *testing.F) {
 		UDP:    func(d *Datagram) { _ = bytes.Count(d.Payload, nil) },
 		Echo:   func(q *Echo) { _ = bytes.Count(q.Payload, nil) },
 		TCP:    func(r *TCPRequest) { r.Reject(nil) },
+
+		RouterSolicit: func(netip.Addr) {},
 	}).s.ep
 	const headLen = vnetHdrLen + ethHdrLen
 	f.Fuzz(func(_ *testing.T, frame []byte) {

@@ -56,6 +56,8 @@ func (e *endpoint) handleICMPv6(p *packet, view *buffer.View) (kept bool) {
 		return e.inject(true, p.ip, view)
 	case ndpSolicit:
 		e.handleNDP(p)
+	case ndpRouterSolicit:
+		e.handleRouterSolicit(p)
 	default:
 		e.stats.unknown.Add(1)
 	}

@@ -3,8 +3,6 @@ package stack
 import (
 	"encoding/binary"
 	"net/netip"
-
-	"gvisor.dev/gvisor/pkg/tcpip/checksum"
 )
 
 // Whatever address the container looks for on its link, it is behind us: the
@@ -34,22 +32,23 @@ func (e *endpoint) handleARP(b []byte) {
 	var reply [arpLen]byte
 	copy(reply[:], b[:6])
 	reply[7] = 2 // reply
-	copy(reply[8:], gatewayMAC[:])
+	copy(reply[8:], e.mac[:])
 	copy(reply[14:], b[24:28])
 	copy(reply[18:], b[8:18])
 	_ = e.write(append(f.iov[:0], f.buf[:vnetHdrLen+ethHdrLen], reply[:]))
 }
 
 const (
-	ndpSolicit   = 135
-	ndpAdvertise = 136
+	ndpRouterSolicit = 133
+	ndpSolicit       = 135
+	ndpAdvertise     = 136
 )
 
 // handleNDP answers a neighbour solicitation (RFC 4861 §7.2). One without a
 // source is the container's duplicate address detection: silence is consent.
 func (e *endpoint) handleNDP(p *packet) {
 	const solicitLen = 24
-	if p.l4[0] != ndpSolicit || len(p.l4) < solicitLen || p.hops != 255 || p.src.IsUnspecified() {
+	if e.noNDP || len(p.l4) < solicitLen || p.hops != 255 || p.src.IsUnspecified() {
 		return
 	}
 	target := netip.AddrFrom16([16]byte(p.l4[8:24]))
@@ -61,8 +60,24 @@ func (e *endpoint) handleNDP(p *packet) {
 	reply[0], reply[4] = ndpAdvertise, solicited|override
 	copy(reply[8:], p.l4[8:24])
 	reply[24], reply[25] = 2, 1 // target link-layer address, 8 bytes
-	copy(reply[26:], gatewayMAC[:])
-	sum := checksum.Checksum(reply, pseudoSum(target, p.src, protoICMPv6, len(reply)))
-	binary.BigEndian.PutUint16(reply[2:], ^sum)
-	_ = e.writeIP(ipHdr{src: target, dst: p.src, proto: protoICMPv6, hops: 255}, reply)
+	copy(reply[26:], e.mac[:])
+	_ = e.writeNDP(target, p.src, reply)
+}
+
+// handleRouterSolicit passes on a router solicitation (RFC 4861 §6.2.6).
+func (e *endpoint) handleRouterSolicit(p *packet) {
+	if e.routerSolicit != nil && p.l4[1] == 0 && p.hops == 255 {
+		e.routerSolicit(p.src)
+	}
+}
+
+// WriteNDP sends a message of IPv6 neighbour discovery to the container, and fills
+// in its checksum. It keeps message no longer than the call.
+func (s *Stack) WriteNDP(from, to netip.Addr, message []byte) error {
+	return s.ep.writeNDP(from, to, message)
+}
+
+func (e *endpoint) writeNDP(from, to netip.Addr, message []byte) error {
+	putICMPSum(message, from, to)
+	return e.writeIP(ipHdr{src: from, dst: to, proto: protoICMPv6, hops: 255}, message)
 }

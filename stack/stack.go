@@ -34,6 +34,16 @@ type Config struct {
 	// UDP is called for each datagram from the container, on the reading
 	// goroutine: it must not block, nor keep the datagram. Nil drops all.
 	UDP func(*Datagram)
+	// GatewayMAC is our own MAC address on the link; nil is
+	// 02:67:6f:66:77:64.
+	GatewayMAC net.HardwareAddr
+	// NoNDP answers no neighbour solicitation: the container's IPv6 has only
+	// the neighbours that it was told of.
+	NoNDP bool
+	// RouterSolicit is called when the container looks for an IPv6 router,
+	// under the same rules as UDP; from may be the unspecified address. Nil
+	// drops all.
+	RouterSolicit func(from netip.Addr)
 	// Echo is called for each ICMP echo request from the container, under
 	// the same rules as UDP. Nil drops all.
 	Echo func(*Echo)
@@ -65,6 +75,10 @@ type Datagram struct {
 	// piece and is to stay so: IPv4 with DF, IPv6 without a fragment
 	// header. If a link is too narrow for it, the container is told.
 	DontFragment bool
+	// Checksummed asks WriteUDP for a complete checksum, which is otherwise
+	// left to whoever reads the datagram: for DHCP clients, which read from
+	// packet sockets, and some of which look at it (packet(7)).
+	Checksummed bool
 }
 
 // Echo is one ICMP or ICMPv6 echo request from the container, or the reply to
@@ -120,7 +134,9 @@ func New(cfg Config) (*Stack, error) {
 		dev: cfg.Device, mtu: cfg.Device.MTU(), offloads: cfg.Device.Offloads(),
 		own: make(map[netip.Addr]bool), log: cfg.Logger, stats: &s.stats,
 		udp: cfg.UDP, echo: cfg.Echo, idle: cfg.Idle, syn: s.syn.handle,
+		mac: defaultMAC, noNDP: cfg.NoNDP, routerSolicit: cfg.RouterSolicit,
 	}
+	copy(s.ep.mac[:], cfg.GatewayMAC)
 	s.ep.capture.drops = &s.stats.captureDrop
 	s.ep.frags.drops = &s.stats.fragments
 	for _, a := range cfg.Guest {
@@ -193,6 +209,9 @@ var tcpOptions = []tcpip.SettableTransportProtocolOption{
 	// from an earlier connection; 60 s would only keep the ports busy.
 	new(tcpip.TCPTimeWaitTimeoutOption(time.Second)),
 }
+
+// GatewayMAC returns our own MAC address on the link.
+func (s *Stack) GatewayMAC() net.HardwareAddr { return s.ep.mac[:] }
 
 // track remembers an open connection for Close; it returns false if that has
 // already been called.

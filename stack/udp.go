@@ -88,12 +88,12 @@ func (e *endpoint) writeDatagrams(d *Datagram, payload []byte, segment int) erro
 	}
 	h := ipHdr{src: src, dst: dst, proto: protoUDP, hops: d.TTL, tos: d.TOS, payloadLen: length}
 	sum := pseudoSum(src, dst, protoUDP, length)
-	if segment == 0 && ipHdrLen(src)+length > e.mtu {
+	if segment == 0 && (d.Checksummed || ipHdrLen(src)+length > e.mtu) {
 		l4 := make([]byte, length)
 		putUDP(l4, d, length)
 		copy(l4[udpHdrLen:], payload)
 		binary.BigEndian.PutUint16(l4[6:], nonZero(^checksum.Checksum(l4, sum)))
-		return e.writeFragments(h, l4)
+		return e.writeIP(h, l4)
 	}
 	f := e.getHdr()
 	defer e.putHdr(f)
