@@ -27,5 +27,6 @@
 // flow takes a descriptor on the tap path; where there are none left, clients wait
 // in the backlog, and what the container begins is refused. Copy buffers are
 // bounded by bufferBudget, UDP flows by MaxFlows of udpConfig, pings on their way
-// by pingsInFlight. Multicasts leave the namespace; only answers to them get in.
+// by pingsInFlight. Multicasts leave the namespace; of those of others
+// only the groups of Config.Multicast get in.
 package forward

@@ -273,6 +273,7 @@ func (s *ruleSet) listenPort(r *activeRule, port uint16) *Error {
 		return &Error{Op: "watch", Rule: r.rule, Err: err}
 	}
 	r.bind(b)
+	s.setReusePort(r, false) // groupRoom may have asked for it
 	for _, l := range r.takeTCP() {
 		s.tcp.listen(l.stream(), r, port)
 	}

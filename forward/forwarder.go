@@ -70,6 +70,10 @@ type Config struct {
 	// IgnoreGone keeps the Forwarder running when the path of NetNS leads to
 	// it no longer.
 	IgnoreGone bool
+	// Multicast are the groups whose datagrams the container gets, with their
+	// senders' addresses, on those ports on which it listens to them. What it
+	// sends to them leaves by their interface.
+	Multicast []Group
 	// NoTCP, NoUDP and NoICMP forward nothing of that protocol.
 	NoTCP, NoUDP, NoICMP bool
 	// Capture, if not nil, is written every frame on the tap, in pcap
@@ -138,9 +142,10 @@ type Forwarder struct {
 	stack       *stack.Stack
 	stopCapture func() // nil without
 	tcp         *tcpEngine
-	udp         *udpEngine // nil if NoUDP
-	ping        *pinger    // nil if NoICMP
-	inbound     *inboundNS // nil without InboundOnly
+	udp         *udpEngine       // nil if NoUDP
+	ping        *pinger          // nil if NoICMP
+	groups      *listeningGroups // nil without
+	inbound     *inboundNS       // nil without InboundOnly
 
 	ctx   context.Context // ends with Close
 	close context.CancelFunc
@@ -220,6 +225,7 @@ func (f *Forwarder) startRules(ctx context.Context, rules []Rule) error {
 		binder: binder{ns: f.cfg.NetNS, freeBind: f.cfg.FreeBind, sockets: f.cfg.Sockets, noIPv4: f.cfg.Network.NoIPv4, noIPv6: f.cfg.Network.NoIPv6},
 		paths:  f.paths, tcp: f.tcp, udp: f.udp, noTCP: f.cfg.NoTCP, log: f.log, events: &f.events,
 	}
+	f.rules.binder.makeRoom = f.rules.groupRoom
 	_, err := f.rules.change(Change{Add: rules})
 	return err
 }
@@ -230,6 +236,9 @@ func (f *Forwarder) checkRules() ([]Rule, error) {
 	case "", Auto, Tap, Kernel:
 	default:
 		return nil, fmt.Errorf("start forwarding: datapath %q is none of auto, tap and kernel", f.cfg.Datapath)
+	}
+	if err := f.cfg.checkGroups(); err != nil {
+		return nil, err
 	}
 	if err := Validate(f.cfg.Rules); err != nil {
 		return nil, err
@@ -390,10 +399,23 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 		LoopbackInside: addrs.loopbackToLoopback,
 		MTU:            f.plan.link.MTU,
 		Batched:        true,
+		Groups:         newJoinedGroups(f.cfg.Multicast),
+		Local:          isHostAddr,
 		Outbound:       &f.tcp.outbound,
 		Logger:         f.log,
 	})
+	if err != nil || f.udp.groups == nil {
+		return err
+	}
+	addrs.zone = f.udp.groups.zone
+	f.groups, err = startGroups(f.cfg.NetNS, f.udp, f.log)
 	return err
+}
+
+// isHostAddr reports whether an address is one of the host's own.
+func isHostAddr(a netip.Addr) bool {
+	prefixes, _ := netnsutil.LocalAddrs()
+	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Addr().WithZone("") == a })
 }
 
 // run waits for the end, and makes it.
@@ -416,6 +438,9 @@ func (f *Forwarder) shutdown() {
 		if err := f.kernel.close(); err != nil {
 			f.log.Warn("the namespace is not as it was", "err", err)
 		}
+	}
+	if f.groups != nil {
+		f.groups.close()
 	}
 	if f.udp != nil {
 		f.udp.close()
@@ -495,8 +520,11 @@ type Status struct {
 	// Generation counts the changes of the rules, from 1; see [Change].
 	Generation uint64       `json:"generation"`
 	Rules      []RuleStatus `json:"forwards"`
-	// Outbound is what the container began itself.
+	// Outbound is what the container began itself, and what it heard in
+	// multicast groups.
 	Outbound Traffic `json:"outbound"`
+	// Groups are those of [Config].Multicast.
+	Groups []GroupStatus `json:"multicast,omitempty"`
 	// Notes are sentences an operator should read: abilities that are
 	// missing and what to do about it.
 	Notes []string `json:"notes,omitempty"`
@@ -520,6 +548,9 @@ func (f *Forwarder) Status() Status {
 	s.Generation, s.Rules = generation, make([]RuleStatus, 0, len(rules))
 	for _, r := range rules {
 		s.Rules = append(s.Rules, r.status())
+	}
+	if f.groups != nil {
+		s.Groups = f.groups.status()
 	}
 	if f.ping != nil {
 		if note := f.ping.note(); note != "" {

@@ -25,6 +25,11 @@ type hostMap struct {
 	// the namespace's.
 	loopbackToLoopback bool
 
+	// zone returns the interface of the host on which an IPv6 link-local
+	// neighbour was heard in a multicast group, "" if none was. Nil knows of
+	// none.
+	zone func(netip.Addr) string
+
 	// policy may forbid destinations; our own nameserver it does not.
 	policy *policy
 
@@ -108,6 +113,8 @@ func (m *hostMap) ownAddrs() []netip.Addr {
 //	a DNS address, port 53 or 853      the host's nameserver, of either family
 //	an address mapped to the loopback  127.0.0.1 or ::1
 //	the host alias                     the host's main address
+//	a link-local neighbour that was
+//	heard in a multicast group         that neighbour
 //	any loopback or unspecified one    nowhere
 //	the rest of a net of our own       nowhere
 //	anything else, the host's own      as it is
@@ -141,12 +148,22 @@ func (m *hostMap) translate(dst netip.AddrPort) (netip.AddrPort, error) {
 		return netip.AddrPortFrom(host, port), nil
 	case slices.Contains(m.dns, addr), slices.Contains(m.gateways, addr) && m.invented(addr):
 		return netip.AddrPort{}, syscall.ECONNREFUSED
+	case m.zoneOf(addr) != "":
+		return netip.AddrPortFrom(addr.WithZone(m.zoneOf(addr)), port), nil
 	case addr.IsLoopback(), addr.IsUnspecified(), addr.IsInterfaceLocalMulticast(), m.invented(addr):
 		// connect(2) to 0.0.0.0 or :: reaches the loopback, and ff01::/16
 		// is the loopback of multicast (RFC 4291 2.7).
 		return netip.AddrPort{}, syscall.EHOSTUNREACH
 	}
 	return netip.AddrPortFrom(addr, port), nil
+}
+
+// zoneOf is zone for any address.
+func (m *hostMap) zoneOf(addr netip.Addr) string {
+	if m.zone == nil || !addr.Is6() || !addr.IsLinkLocalUnicast() {
+		return ""
+	}
+	return m.zone(addr)
 }
 
 // isDNS reports whether dst is where the container finds its resolver: DNS or

@@ -294,7 +294,7 @@ func (s *ruleSet) bind(p *plan, sockets []Socket) error {
 				made = true
 			}
 		}
-		return made
+		return made || s.groupRoom(r)
 	}
 	bindings, err := b.bindAll(rules)
 	if err == nil {
@@ -310,6 +310,12 @@ func (s *ruleSet) bind(p *plan, sockets []Socket) error {
 		r.bind(bindings[i])
 	}
 	return nil
+}
+
+// groupRoom is binder.makeRoom for the port of a multicast group, which we have
+// ourselves.
+func (s *ruleSet) groupRoom(r Rule) bool {
+	return r.Proto == UDP && r.Dir == In && s.udp != nil && s.udp.groups.usesPort(r.Ports.First)
 }
 
 // listenUDP puts the UDP sockets to work. If one can't be, all sockets are closed.

@@ -30,6 +30,9 @@ import (
 // the listener itself, so that the peers of a WireGuard or BitTorrent node see the
 // port that it announces.
 //
+// Multicasts are not of a flow on their way in (multicast_linux.go): a group's
+// sockets hand on what they hear, to the group.
+//
 // A few workers, each a goroutine with a poller and one set of buffers, read all
 // sockets. The goroutine that reads the tap sends in the other direction, and
 // never blocks: what a socket does not take at once is dropped, as a router does.
@@ -76,6 +79,11 @@ type udpConfig struct {
 	// LoopbackInside sends clients on the host's loopback to the namespace's,
 	// unless their rule says where to; Inside is then required.
 	LoopbackInside bool
+	// Groups are the multicast groups that the container takes part in, and
+	// Local reports whether an address is one of the host's own; it may be nil
+	// without Groups.
+	Groups []*joinedGroup
+	Local  func(netip.Addr) bool
 	// MTU of the tap; 0 is 1500. Longer datagrams are not joined.
 	MTU int
 	// MaxFlows bounds memory, sockets and ports of the host; 0 is 16384, or a
@@ -97,7 +105,8 @@ type udpEngine struct {
 	cfg     udpConfig // immutable, defaults filled in
 	log     *slog.Logger
 	workers []*udpWorker
-	segment bool // UDP_SEGMENT may be used
+	segment bool       // UDP_SEGMENT may be used
+	groups  *udpGroups // nil without
 	done    chan struct{}
 	busy    chan struct{} // the table is no longer empty
 	wg      sync.WaitGroup
@@ -173,6 +182,7 @@ func newUDPEngine(cfg udpConfig) (*udpEngine, error) {
 		published: make(map[publishedKey]*udpSocket),
 	}
 	e.flows = newFlowTable(cfg.MaxFlows, e.removed)
+	e.groups = newUDPGroups(e, cfg.Groups)
 	e.out.init(sendArena)
 	// Two, so that a stream in holds up no answer to one out; more than four
 	// would wait for the tap.
@@ -410,7 +420,7 @@ func (e *udpEngine) enterFlowLocked(f *flow) {
 }
 
 // removed is called by the table for a flow that left it, with e.mu locked. A
-// socket that is no listener goes with its last flow.
+// socket that is for nothing else goes with its last flow.
 func (e *udpEngine) removed(f *flow) {
 	f.counters.end()
 	e.reportSilence(f)
@@ -418,7 +428,7 @@ func (e *udpEngine) removed(f *flow) {
 		if s == nil {
 			continue
 		}
-		if s.flows--; s.flows == 0 && !s.listens() {
+		if s.flows--; s.flows == 0 && !s.listens() && s.joined == nil {
 			if s.inside && e.cfg.Released != nil {
 				e.cfg.Released(f.peer.Addr())
 			}

@@ -31,6 +31,8 @@ func sockaddrOf(ap netip.AddrPort, v6 bool) (a sockaddr) {
 // setScope sets sin6_scope_id, the interface of a link-local address.
 func (a *sockaddr) setScope(ifindex uint32) { binary.NativeEndian.PutUint32(a[24:], ifindex) }
 
+func (a *sockaddr) scope() uint32 { return binary.NativeEndian.Uint32(a[24:]) }
+
 func (a *sockaddr) family() int { return int(binary.NativeEndian.Uint16(a[:])) }
 
 func (a *sockaddr) len() uint32 {
@@ -65,8 +67,8 @@ var v4Prefix = [12]byte{10: 0xff, 11: 0xff}
 // to leave. The zero value lets the kernel choose.
 type localAddr struct {
 	addr [16]byte // IPv4 is mapped
-	// ifindex is the interface, for a link-local address only: for any
-	// other it would override the routes.
+	// ifindex is the interface, for a link-local address and for the way to a
+	// multicast group only: for anything else it would override the routes.
 	ifindex uint32
 }
 
@@ -148,6 +150,7 @@ func (o *sendOptions) put(c *cmsgBuf, v4 bool) (n int) {
 		if v4 {
 			data, space := putCmsg(b, unix.SOL_IP, unix.IP_PKTINFO, unix.SizeofInet4Pktinfo)
 			clear(data)
+			binary.NativeEndian.PutUint32(data, o.from.ifindex)
 			copy(data[4:8], o.from.addr[12:]) // ipi_spec_dst
 			n += space
 		} else {
@@ -179,7 +182,8 @@ func (o *sendOptions) put(c *cmsgBuf, v4 bool) (n int) {
 type recvOptions struct {
 	to      localAddr // the zero value if unknown
 	tos     uint8
-	segment int // UDP_GRO; 0 is one datagram
+	ttl     uint8 // 0 if unknown
+	segment int   // UDP_GRO; 0 is one datagram
 }
 
 // parse reads the control messages in b.
@@ -204,6 +208,8 @@ func (o *recvOptions) parse(b []byte) {
 			o.tos = data[0]
 		case level == unix.SOL_IPV6 && typ == unix.IPV6_TCLASS && len(data) >= 4:
 			o.tos = uint8(binary.NativeEndian.Uint32(data))
+		case (level == unix.SOL_IP && typ == unix.IP_TTL || level == unix.SOL_IPV6 && typ == unix.IPV6_HOPLIMIT) && len(data) >= 4:
+			o.ttl = uint8(binary.NativeEndian.Uint32(data))
 		case level == unix.SOL_UDP && typ == unix.UDP_GRO && len(data) >= 4:
 			o.segment = int(binary.NativeEndian.Uint32(data))
 		}

@@ -30,9 +30,10 @@ type udpWorker struct {
 		flow *flow
 		end  flowEnd
 	}
-	tap tapRun
-	out sendBatch // to sockets, straight from the buffers of recv
-	err errorMessage
+	tap   tapRun
+	out   sendBatch // to sockets, straight from the buffers of recv
+	err   errorMessage
+	heard stack.Datagram // the last one of a group
 }
 
 func newUDPWorker(e *udpEngine) (*udpWorker, error) {
@@ -96,6 +97,10 @@ func (w *udpWorker) read(s *udpSocket) {
 // forward sends message i on its way.
 func (w *udpWorker) forward(s *udpSocket, i int) {
 	from, payload := w.recv.message(i, &w.opt)
+	if s.joined != nil {
+		w.hear(s, from, payload)
+		return
+	}
 	last := &w.last
 	if last.flow == nil || last.from != *from || last.to != w.opt.to || last.flow.server.IsValid() {
 		last.flow = nil

@@ -22,6 +22,9 @@ func (e *udpEngine) fromNamespace(d *stack.Datagram) {
 	e.sendMu.Lock()
 	defer e.sendMu.Unlock()
 	b := &e.out
+	if e.groups != nil && d.Dst.Addr().IsMulticast() {
+		e.groups.remember(d)
+	}
 	if e.segment && e.joinLast(b, d) {
 		return
 	}
@@ -126,9 +129,11 @@ func (e *udpEngine) dialLocked(d *stack.Datagram, key tapKey) (*flow, error) {
 	if query {
 		f.server, use = dst.Addr(), udpQueries
 	}
-	s, err := e.socketLocked(d.Src, dst, bound, use)
-	if err != nil {
-		return nil, err
+	s, via := e.groups.wayLocked(d.Src.Port(), dst)
+	if s == nil {
+		if s, err = e.socketLocked(d.Src, dst, bound && via == 0, use); err != nil {
+			return nil, err
+		}
 	}
 	if f.rule = e.publisherLocked(s, d.Src, dst.Addr().Is4()); f.rule != nil {
 		f.counters = &f.rule.flowCounters
@@ -136,7 +141,7 @@ func (e *udpEngine) dialLocked(d *stack.Datagram, key tapKey) (*flow, error) {
 	if dst.Addr().IsMulticast() {
 		s.group.Store(true)
 	}
-	f.host = flowEnd{sock: s, remote: s.remote(dst)}
+	f.host = flowEnd{sock: s, remote: s.remote(dst), local: localAddr{ifindex: via}}
 	e.enterFlowLocked(f)
 	return f, nil
 }

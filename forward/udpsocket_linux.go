@@ -21,14 +21,18 @@ const udpBuffer = 7 << 20
 // (RFC 4787), so that STUN and hole punching work; and it outlives a change of the
 // host's addresses, unlike one whose source address connect(2) has fixed.
 //
-// Three kinds have the same fields: listeners (to is set), the container's own
-// ports on the host (binding is set), and ends of single flows in the namespace.
+// Four kinds have the same fields: listeners (to is set), the container's own ports
+// on the host (binding is set), ears for multicast groups (joined is set), and ends
+// of single flows in the namespace.
 type udpSocket struct {
 	// Immutable.
 	id     uint32
 	v6     bool // an IPv6 socket, though it may carry IPv4
 	inside bool // made in the namespace: what arrives here goes out
 	poll   *poller
+	// Of a socket that has joined a group: the group, and the container's port.
+	joined *joinedGroup
+	port   uint16
 
 	// The engine's mutex guards these.
 	to      []udpTarget // of a listener: where it leads
@@ -112,9 +116,11 @@ func prepareUDP(fd int, use udpUse) error {
 		options = append(options, option{unix.SOL_SOCKET, unix.SO_RCVBUF, udpBuffer}, option{unix.SOL_SOCKET, unix.SO_SNDBUF, udpBuffer})
 	}
 	if use >= udpListener {
-		options = append(options, option{unix.SOL_IP, unix.IP_PKTINFO, 1})
+		// Without IP_MULTICAST_ALL groups that others on the host have
+		// joined are not a listener's.
+		options = append(options, option{unix.SOL_IP, unix.IP_PKTINFO, 1}, option{unix.SOL_IP, unix.IP_MULTICAST_ALL, 0})
 		if v6 {
-			options = append(options, option{unix.SOL_IPV6, unix.IPV6_RECVPKTINFO, 1})
+			options = append(options, option{unix.SOL_IPV6, unix.IPV6_RECVPKTINFO, 1}, option{unix.SOL_IPV6, unix.IPV6_MULTICAST_ALL, 0})
 		}
 	}
 	if err := setOptions(fd, options); err != nil {

@@ -247,6 +247,12 @@ type status struct {
 	DNS      []string  `json:"dns"`
 	Notes    []string  `json:"notes"`
 	Forwards []forward `json:"forwards"`
+
+	Multicast []struct {
+		Group   string   `json:"group"`
+		Ports   []uint16 `json:"ports"`
+		Problem string   `json:"problem"`
+	} `json:"multicast"`
 }
 
 type forward struct {

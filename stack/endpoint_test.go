@@ -26,6 +26,8 @@ type wire struct {
 	t   testing.TB
 	dev Device
 	s   *Stack
+
+	group [6]byte // the only MAC address besides the guest's
 }
 
 func newWire(t testing.TB, cfg Config) *wire {
@@ -42,7 +44,7 @@ func newWire(t testing.TB, cfg Config) *wire {
 		require.NoError(t, s.Close())
 		goleak.VerifyNone(t, before)
 	})
-	return &wire{t, theirs, s}
+	return &wire{t: t, dev: theirs, s: s}
 }
 
 // send sends a frame of the container's.
@@ -82,7 +84,9 @@ func (w *wire) receive() (vnetHdr, uint16, []byte) {
 		var h vnetHdr
 		h.decode(b)
 		f := b[vnetHdrLen:r.n]
-		require.Equal(w.t, guestMAC[:], f[0:6])
+		if to := [6]byte(f); to != guestMAC {
+			require.Equal(w.t, w.group, to)
+		}
 		return h, binary.BigEndian.Uint16(f[12:]), f[ethHdrLen:]
 	case <-time.After(5 * time.Second):
 		w.t.Fatal("no frame came")
@@ -278,6 +282,37 @@ func TestUDPBothWays(t *testing.T) {
 		binary.BigEndian.PutUint16(p.l4[6:], ^checksum.Checksum(p.l4, 0))
 		p.vnet = vnetHdr{}
 		require.NoError(t, p.verify())
+	}
+}
+
+// A datagram to a group is in frames to the group, in fragments too.
+func TestUDPToGroup(t *testing.T) {
+	w := newWire(t, Config{})
+	for _, c := range []struct {
+		group, client string
+		mac           [6]byte
+	}{
+		{"239.129.2.3", "192.0.2.1", [6]byte{0x01, 0x00, 0x5e, 0x01, 0x02, 0x03}}, // RFC 1112: 23 bits
+		{"ff02::1:fffb", "fe80::1", [6]byte{0x33, 0x33, 0x00, 0x01, 0xff, 0xfb}},
+	} {
+		w.group = c.mac
+		d := Datagram{
+			Src: netip.AddrPortFrom(netip.MustParseAddr(c.client), 1000), Dst: netip.AddrPortFrom(netip.MustParseAddr(c.group), 5353),
+			TTL: 1, Payload: make([]byte, 2000),
+		}
+		for _, size := range []int{10, 2000} {
+			d.Payload = d.Payload[:size]
+			require.NoError(t, w.s.WriteUDP(&d))
+			for got := 0; got < size; {
+				vnet, _, b := w.receive()
+				var p packet
+				require.NoError(t, p.parse(vnet, b))
+				require.Equal(t, d.Dst.Addr(), p.dst)
+				require.Equal(t, d.Src.Addr(), p.src)
+				require.EqualValues(t, 1, p.hops)
+				got += len(p.l4)
+			}
+		}
 	}
 }
 

@@ -41,6 +41,21 @@ func (e *endpoint) putEth(b []byte, v6 bool) {
 	}
 }
 
+// putEthTo writes the Ethernet header of a frame with an IP packet to dst, which may
+// be a multicast group (RFC 1112 §6.4, RFC 2464 §7).
+func (e *endpoint) putEthTo(b []byte, dst netip.Addr) {
+	e.putEth(b, dst.Is6())
+	switch {
+	case !dst.IsMulticast():
+	case dst.Is4():
+		a := dst.As4()
+		copy(b, []byte{0x01, 0x00, 0x5e, a[1] & 0x7f, a[2], a[3]})
+	default:
+		a := dst.As16()
+		copy(b, []byte{0x33, 0x33, a[12], a[13], a[14], a[15]})
+	}
+}
+
 // ipHdr are the fields of an IP header that are not always the same.
 type ipHdr struct {
 	src, dst   netip.Addr
@@ -94,7 +109,7 @@ func (e *endpoint) writeIP(h ipHdr, l4 []byte) error {
 	f := e.getHdr()
 	defer e.putHdr(f)
 	clear(f.buf[:vnetHdrLen])
-	e.putEth(f.buf[vnetHdrLen:], h.src.Is6())
+	e.putEthTo(f.buf[vnetHdrLen:], h.dst)
 	n := vnetHdrLen + ethHdrLen
 	n += putIP(f.buf[n:], h)
 	return e.write(append(f.iov[:0], f.buf[:n], l4))
@@ -106,7 +121,7 @@ func (e *endpoint) writeFragments(h ipHdr, l4 []byte) error {
 	defer e.putHdr(f)
 	clear(f.buf[:vnetHdrLen])
 	v6 := h.src.Is6()
-	e.putEth(f.buf[vnetHdrLen:], v6)
+	e.putEthTo(f.buf[vnetHdrLen:], h.dst)
 	h.id = e.fragID.Add(1)
 	room := e.mtu - ip4HdrLen
 	if v6 {

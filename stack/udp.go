@@ -51,7 +51,8 @@ func (e *endpoint) handleUDP(p *packet) {
 
 // WriteUDP sends a datagram to the container, or several if d.SegmentSize is set:
 // as one super-frame where the device segments UDP, else one by one. Longer ones
-// than the MTU are fragmented. d.Src and d.Dst are of one family.
+// than the MTU are fragmented. d.Src and d.Dst are of one family; d.Dst may be a
+// multicast group.
 func (s *Stack) WriteUDP(d *Datagram) error {
 	if d.Src.Addr().Is4() != d.Dst.Addr().Is4() {
 		return fmt.Errorf("write datagram from %s to %s: not of one family", d.Src, d.Dst)
@@ -97,7 +98,7 @@ func (e *endpoint) writeDatagrams(d *Datagram, payload []byte, segment int) erro
 	}
 	f := e.getHdr()
 	defer e.putHdr(f)
-	e.putEth(f.buf[vnetHdrLen:], src.Is6())
+	e.putEthTo(f.buf[vnetHdrLen:], dst)
 	h.id = e.fragID.Add(1)
 	n := vnetHdrLen + ethHdrLen
 	n += putIP(f.buf[n:], h)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -116,22 +117,23 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 	ports.BoolVar(&cfg.HostLoopbackToNSLoopback, "host-lo-to-ns-lo", false, "clients on the host's loopback reach the container's loopback, and are seen as 127.0.0.1 or ::1")
 
 	net := pflag.NewFlagSet("", pflag.ContinueOnError)
-	net.Var(&addrsFlag[netip.Prefix]{&network.Addrs, nil, parsePrefix}, "address", "`ADDR[/LEN]`: the container's address, one of each family (default 10.0.2.100/24, or in 10.0.3.0/24 and so on where the host is in that net, and fd67:6f66:7764::100/64)")
-	net.Var(&addrsFlag[netip.Addr]{&network.Gateways, nil, parseAddr}, "gateway", "`ADDR`: its default gateway, one of each family (default host 2 of the net)")
-	net.Var(&addrsFlag[netip.Addr]{&o.dns, &o.noDNS, parseAddr}, "dns", "`ADDR|none`: its nameserver (default host 3 of the net); one in the container's net leads to the host's nameservers, another is put into resolv.conf as it is")
-	net.Var(&addrsFlag[netip.Addr]{&network.DNS, nil, parseAddr}, "dns-forward", "`ADDR`: an address whose ports 53 and 853 lead to the host's nameservers (default that of --dns)")
+	net.Var(&addrsFlag[netip.Prefix]{to: &network.Addrs, parse: parsePrefix}, "address", "`ADDR[/LEN]`: the container's address, one of each family (default 10.0.2.100/24, or in 10.0.3.0/24 and so on where the host is in that net, and fd67:6f66:7764::100/64)")
+	net.Var(&addrsFlag[netip.Addr]{to: &network.Gateways, parse: parseAddr}, "gateway", "`ADDR`: its default gateway, one of each family (default host 2 of the net)")
+	net.Var(&addrsFlag[netip.Addr]{to: &o.dns, none: &o.noDNS, parse: parseAddr}, "dns", "`ADDR|none`: its nameserver (default host 3 of the net); one in the container's net leads to the host's nameservers, another is put into resolv.conf as it is")
+	net.Var(&addrsFlag[netip.Addr]{to: &network.DNS, parse: parseAddr}, "dns-forward", "`ADDR`: an address whose ports 53 and 853 lead to the host's nameservers (default that of --dns)")
 	net.BoolVar(&network.CopyHost, "config-net", false, "copy addresses and routes of the host's main interface instead")
 	net.StringVar(&network.IfName, "ifname", "tap0", "`NAME`: the container's interface")
 	net.IntVar(&network.MTU, "mtu", 1500, "`BYTES`: MTU of the interface; large segments make more than 1500 unnecessary")
 	net.BoolVarP(&o.only4, "ipv4-only", "4", false, "no IPv6")
 	net.BoolVarP(&o.only6, "ipv6-only", "6", false, "no IPv4")
-	net.Var(&addrsFlag[netip.Addr]{&network.HostAlias, &network.NoHostAlias, parseAddr}, "host-alias", "`ADDR|none`: what the container calls the host's main address, one of each family (default 169.254.1.2 and fd67:6f66:7764::1)")
-	net.Var(&addrsFlag[netip.Addr]{&network.MapHostLoopback, new(bool), parseAddr}, "map-host-loopback", "`ADDR|none`: what the container calls the host's loopback (default none: it does not reach it)")
-	net.Var(&addrsFlag[netip.Addr]{&cfg.OutboundAddrs, nil, parseAddr}, "outbound", "`ADDR`: the host's address that the world sees of what the container begins, one of each family (default as the host's routing has it)")
+	net.Var(&addrsFlag[netip.Addr]{to: &network.HostAlias, none: &network.NoHostAlias, parse: parseAddr}, "host-alias", "`ADDR|none`: what the container calls the host's main address, one of each family (default 169.254.1.2 and fd67:6f66:7764::1)")
+	net.Var(&addrsFlag[netip.Addr]{to: &network.MapHostLoopback, none: new(bool), parse: parseAddr}, "map-host-loopback", "`ADDR|none`: what the container calls the host's loopback (default none: it does not reach it)")
+	net.Var(&addrsFlag[netip.Addr]{to: &cfg.OutboundAddrs, parse: parseAddr}, "outbound", "`ADDR`: the host's address that the world sees of what the container begins, one of each family (default as the host's routing has it)")
 	net.StringVar(&cfg.OutboundIf4, "outbound-if4", "", "`IFACE`: the host's interface by which that leaves, for IPv4")
 	net.StringVar(&cfg.OutboundIf6, "outbound-if6", "", "`IFACE`: the same for IPv6")
-	net.Var(&addrsFlag[forward.Destination]{&cfg.Allow, nil, forward.ParseDestination}, "allow", "`DEST`: what the container may speak to although --deny names it, or if there is no --deny all it may speak to; an address, a prefix, *, host (the host's addresses) or loopback (its loopback), and :PORT[-PORT]")
-	net.Var(&addrsFlag[forward.Destination]{&cfg.Deny, nil, forward.ParseDestination}, "deny", "`DEST`: what it may not speak to, such as 192.168.0.0/16, host or *:25")
+	net.Var(&addrsFlag[forward.Destination]{to: &cfg.Allow, parse: forward.ParseDestination}, "allow", "`DEST`: what the container may speak to although --deny names it, or if there is no --deny all it may speak to; an address, a prefix, *, host (the host's addresses) or loopback (its loopback), and :PORT[-PORT]")
+	net.Var(&addrsFlag[forward.Destination]{to: &cfg.Deny, parse: forward.ParseDestination}, "deny", "`DEST`: what it may not speak to, such as 192.168.0.0/16, host or *:25")
+	net.Var(&addrsFlag[forward.Group]{to: &cfg.Multicast, parse: forward.ParseGroup, list: true}, "multicast", "`GROUP[%IFACE],...`: multicast groups of the host's network that the container takes part in, such as 224.0.0.251 or ff02::fb%eth0, on the ports that it listens on; without IFACE on that of the default route")
 	net.BoolVar(&cfg.NoTCP, "no-tcp", false, "forward no TCP")
 	net.BoolVar(&cfg.NoUDP, "no-udp", false, "forward no UDP")
 	net.BoolVar(&cfg.NoICMP, "no-icmp", false, "forward no ping")
@@ -275,6 +277,7 @@ type addrsFlag[T any] struct {
 	to    *[]T
 	none  *bool // nil: not without
 	parse func(string) (T, error)
+	list  bool // takes several at once, with commas between
 }
 
 func (f *addrsFlag[T]) Set(s string) error {
@@ -282,11 +285,19 @@ func (f *addrsFlag[T]) Set(s string) error {
 		*f.none = true
 		return nil
 	}
-	v, err := f.parse(s)
-	if err != nil {
-		return err
+	words := []string{s}
+	if f.list {
+		words = strings.Split(s, ",")
 	}
-	*f.to = append(*f.to, v)
+	var values []T
+	for _, word := range words {
+		v, err := f.parse(word)
+		if err != nil {
+			return err
+		}
+		values = append(values, v)
+	}
+	*f.to = append(*f.to, values...)
 	return nil
 }
 

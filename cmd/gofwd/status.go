@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -190,9 +191,27 @@ func (s *instanceStatus) print(w io.Writer) {
 		}
 		t.Flush()
 	}
+	for _, g := range s.Groups {
+		fmt.Fprintf(w, "  multicast %s\n", groupText(g))
+	}
 	for _, n := range s.Notes {
 		fmt.Fprintln(w, "  note: "+n)
 	}
+}
+
+// groupText says on which ports the container hears a group, or why not.
+func groupText(g forward.GroupStatus) string {
+	switch {
+	case g.Problem != "":
+		return fmt.Sprintf("%s: %s", g.Group, g.Problem)
+	case len(g.Ports) == 0:
+		return fmt.Sprintf("%s, nothing listens", g.Group)
+	}
+	ports := make([]string, len(g.Ports))
+	for i, p := range g.Ports {
+		ports[i] = strconv.Itoa(int(p))
+	}
+	return fmt.Sprintf("%s port %s", g.Group, strings.Join(ports, " "))
 }
 
 // list joins values for people; none is "none".
