@@ -366,4 +366,4 @@ func (hl *heldListener) pair(l *spliceLoop, fd int, src netip.AddrPort) {
 	closeSocket(fd, true) // too late
 }
 
-func (hl *heldListener) shutdown(l *spliceLoop) { hl.leave(l, hl) }
+func (hl *heldListener) shutdown(l *spliceLoop) { hl.leave(l) }

@@ -52,10 +52,18 @@ func newAcceptor(e *tcpEngine, ln *net.TCPListener, to *atomic.Pointer[tcpTarget
 	return a, nil
 }
 
-// Close stops accepting. Not for a loop's thread.
-func (a *acceptor) Close() error { return a.unshare(a.e.splicer, a) }
+// stop begins to stop accepting, which Close does and waits for. The latter is not
+// for a loop's thread.
+func (a *acceptor) stop() { a.unshare(a.e.splicer) }
 
-func (a *acceptor) shutdown(l *spliceLoop) { a.leave(l, a) }
+// Close is idempotent.
+func (a *acceptor) Close() error {
+	a.stop()
+	<-a.closed
+	return nil
+}
+
+func (a *acceptor) shutdown(l *spliceLoop) { a.leave(l) }
 
 // Addr returns the address that is listened on.
 func (a *acceptor) Addr() net.Addr { return a.addr }

@@ -86,6 +86,9 @@ type binder struct {
 //
 // Two rules for free ports that differ only in their protocol get the same ones.
 func (b *binder) bindAll(rules []Rule) (_ []binding, err error) {
+	if err := b.checkFiles(rules); err != nil {
+		return nil, err
+	}
 	bindings := make([]binding, len(rules))
 	defer func() {
 		if err == nil {
@@ -111,6 +114,34 @@ func (b *binder) bindAll(rules []Rule) (_ []binding, err error) {
 		}
 	}
 	return bindings, nil
+}
+
+// spareFiles are the descriptors to leave for what is open for a moment only while
+// ports are bound, and for a first few connections.
+const spareFiles = 64
+
+// checkFiles returns an error that wraps EMFILE if the rules have more ports than
+// the process may open sockets: binding thousands only to close them again would
+// take a while, and disturb those who have a use for them.
+func (b *binder) checkFiles(rules []Rule) error {
+	sockets := 0
+	for _, r := range rules {
+		addrs, err := b.addrs(r)
+		if err == nil && r.Socket == "" && !r.Auto {
+			sockets += r.TargetPorts.Len() * len(addrs)
+		}
+	}
+	if sockets <= spareFiles {
+		return nil
+	}
+	open, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		return nil //nolint:nilerr // then the kernel says so, socket by socket
+	}
+	if left := maxFiles() - len(open) - spareFiles; sockets > left {
+		return fmt.Errorf("bind ports: %d sockets are needed, and %d are allowed: %w", sockets, max(left, 0), unix.EMFILE)
+	}
+	return nil
 }
 
 // freePortTwin returns the index of the first rule after the i-th that still

@@ -405,16 +405,46 @@ func TestBindForeignAddress(t *testing.T) {
 }
 
 // The end of RLIMIT_NOFILE is an error for weak rules too: the ports would
-// otherwise depend on what else is open.
+// otherwise depend on what else is open. If it can be foreseen nothing is bound.
 func TestBindTooManyFiles(t *testing.T) {
+	open, err := os.ReadDir("/proc/self/fd")
+	require.NoError(t, err)
+	const limit = 100
+	require.Less(t, len(open), limit-10)
+	busy, err := net.Listen("tcp", ":20001")
+	require.NoError(t, err)
+	defer busy.Close()
+	tried := false
+	b := &binder{makeRoom: func(Rule) bool { tried = true; return false }}
+	for rules, want := range map[string]string{
+		"20001-20200:1-200/tcp,weak": `^bind ports: 200 sockets are needed, and \d+ are allowed: too many open files$`,
+		"20002-20062:1-61/tcp,weak":  `^bind host port 20\d+/tcp: too many open files$`,
+	} {
+		restore := limitFiles(t, limit)
+		var fill []*os.File // all but ten
+		for n := len(open); n < limit-10; n++ {
+			f, _ := os.Open("/dev/null")
+			fill = append(fill, f)
+		}
+		_, err := b.bindAll([]Rule{rule(rules)})
+		hint := Hint(err)
+		for _, f := range fill {
+			f.Close()
+		}
+		restore()
+		require.ErrorIs(t, err, unix.EMFILE)
+		require.Regexp(t, want, err.Error())
+		require.Contains(t, hint, "the limit of open files is 100,")
+		require.False(t, tried)
+	}
+	bind(t, &binder{}, "20002-20201:1-200")
+}
+
+// limitFiles bounds the descriptors of this process until restore is called.
+func limitFiles(t *testing.T, n uint64) (restore func()) {
+	t.Helper()
 	var old unix.Rlimit
 	require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &old))
-	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 100, Max: old.Max}))
-	_, err := (&binder{}).bindAll([]Rule{rule("20001-20200:1-200/tcp,weak")})
-	hint := Hint(err)
-	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &old))
-	require.ErrorIs(t, err, unix.EMFILE)
-	require.ErrorContains(t, err, "too many open files")
-	require.Contains(t, hint, "the limit of open files is 100,")
-	bind(t, &binder{}, "20001-20200:1-200")
+	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: n, Max: old.Max}))
+	return func() { require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &old)) }
 }

@@ -2,7 +2,6 @@ package forward
 
 import (
 	"errors"
-	"net"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -29,17 +28,15 @@ func (d *sharedFD) share(s *splicer, w watched) {
 	}
 }
 
-// unshare ends that, and returns when the socket is closed. No loop may wait for
-// the caller.
-func (d *sharedFD) unshare(s *splicer, w watched) error {
+// unshare begins to end that; the socket is closed when closed is. It may be called
+// again.
+func (d *sharedFD) unshare(s *splicer) {
 	if d.closing.Swap(true) {
-		return net.ErrClosed
+		return
 	}
 	for _, l := range s.loops {
-		l.do(func() { d.leave(l, w) })
+		l.do(func() { d.leave(l) })
 	}
-	<-d.closed
-	return nil
 }
 
 // enter adds it to a loop. Of the loops that wait, one is woken for a connection
@@ -49,19 +46,21 @@ func (d *sharedFD) enter(l *spliceLoop, w watched) {
 	if err := l.watch(d.fd, unix.EPOLLIN|unix.EPOLLEXCLUSIVE, slot, 0); err != nil {
 		l.freeSlot(slot)
 		d.left()
+		return
 	}
+	l.shared[d] = slot
 }
 
 // leave removes it from a loop, if it is there.
-func (d *sharedFD) leave(l *spliceLoop, w watched) {
-	for slot := range l.slots {
-		if l.slots[slot] == w {
-			_ = unix.EpollCtl(l.epfd, unix.EPOLL_CTL_DEL, d.fd, nil)
-			l.freeSlot(int32(slot))
-			d.left()
-			return
-		}
+func (d *sharedFD) leave(l *spliceLoop) {
+	slot, there := l.shared[d]
+	if !there {
+		return
 	}
+	delete(l.shared, d)
+	_ = unix.EpollCtl(l.epfd, unix.EPOLL_CTL_DEL, d.fd, nil)
+	l.freeSlot(slot)
+	d.left()
 }
 
 func (d *sharedFD) left() {

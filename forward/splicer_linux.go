@@ -128,8 +128,11 @@ type spliceLoop struct {
 	buf   [bufferSize]byte
 	slots []watched
 	free  []int32 // indexes of slots
-	turns []*splicedFlow
-	late  lateList
+	// shared are the slots of listening sockets, of which there may be tens of
+	// thousands.
+	shared map[*sharedFD]int32
+	turns  []*splicedFlow
+	late   lateList
 
 	mu      sync.Mutex // guards the following fields
 	calls   []func()
@@ -155,7 +158,7 @@ func newSpliceLoop(s *splicer) (*spliceLoop, error) {
 		unix.Close(wake)
 		return nil, os.NewSyscallError("epoll_ctl", err)
 	}
-	return &spliceLoop{s: s, epfd: epfd, wake: wake}, nil
+	return &spliceLoop{s: s, epfd: epfd, wake: wake, shared: make(map[*sharedFD]int32)}, nil
 }
 
 // run is the loop's thread.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -155,8 +156,21 @@ func (e *tcpEngine) closeListeners(rule *activeRule, chosen func(*tcpListener) b
 		delete(e.listeners, l)
 		listeners = append(listeners, l)
 	})
-	for _, l := range listeners {
-		l.Close()
+	closeListeners(listeners)
+}
+
+// closeListeners closes some at a time: to wait for each by itself takes thousands
+// longer, and the loops that serve connections have to get on meanwhile.
+func closeListeners(listeners []*tcpListener) {
+	for some := range slices.Chunk(listeners, 64) {
+		for _, l := range some {
+			if a, ok := l.tcpSocket.(*acceptor); ok {
+				a.stop()
+			}
+		}
+		for _, l := range some {
+			l.Close()
+		}
 	}
 }
 
@@ -335,9 +349,7 @@ func (e *tcpEngine) close() {
 	e.listeners, e.relays = nil, nil
 	e.mu.Unlock()
 	e.cancel()
-	for l := range listeners {
-		l.Close()
-	}
+	closeListeners(slices.Collect(maps.Keys(listeners)))
 	for r := range relays {
 		r.abort(endShutdown)
 	}

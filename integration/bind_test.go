@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
+	"os/exec"
 	"regexp"
 	"strconv"
 	"strings"
@@ -193,4 +195,44 @@ func TestWholeRange(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, fmt.Sprint(port+1000), string(b))
 	}
+}
+
+// TestThousandsOfPorts publishes a range of 60,000 ports, or of as many as the limit
+// of open files allows; one port more is published beside it, and more than the
+// limit are refused before anything is bound.
+func TestThousandsOfPorts(t *testing.T) {
+	tp := newTopo(t)
+	const first, all = 2001, 60_000
+	count := min(all, nofile(t)-200)
+	t.Logf("%d ports: RLIMIT_NOFILE is %d", count, nofile(t))
+	ports := func(n int) string { return fmt.Sprintf("%d-%d:%[1]d-%d", first, first+n-1, first+n-1) }
+
+	r := tp.host.runCmd(t, exec.Command("sh", "-c", `ulimit -n 1000; exec "$0" "$@"`,
+		os.Getenv(binEnv), "attach", "--netns", tp.ctr.path, "-p", ports(all)))
+	require.Equal(t, 1, r.code)
+	require.Regexp(t, `^gofwd: bind ports: 60000 sockets are needed, and 9\d\d are allowed: too many open files; the limit of open files is 1000, `, r.stderr)
+
+	last := uint16(first + count - 1)
+	served := []uint16{first, last, 80}
+	for _, port := range served {
+		tp.ctr.serveWho(t, port, ipv4.any, ipv6.any)
+	}
+	g := tp.attach(t, "-p", ports(count))
+	t.Logf("%d MiB", g.rss(t)>>20)
+	tp.host.output(t, os.Getenv(binEnv), "ports", "--name", g.name, "add", "1999:80")
+	reached := func(port uint16) {
+		t.Helper()
+		eachFamily(t, func(t *testing.T, f family) {
+			got, err := tp.client.who(t, "tcp", f.client, netip.AddrPortFrom(f.host, port))
+			require.NoError(t, err)
+			require.Equal(t, f.client, got.by.Addr())
+		})
+	}
+	for _, port := range []uint16{first, last, 1999} {
+		reached(port)
+	}
+	tp.host.output(t, os.Getenv(binEnv), "ports", "--name", g.name, "set", "1999:80")
+	reached(1999)
+	_, err := tp.host.tryTCP(netip.Addr{}, netip.AddrPortFrom(ipv4.loopback, last), patience)
+	require.ErrorIs(t, err, unix.ECONNREFUSED)
 }

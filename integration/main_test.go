@@ -80,6 +80,7 @@ func outside() (int, error) {
 		}
 	}
 
+	liftFileLimit()
 	init := exec.Command("/proc/self/exe", os.Args[1:]...)
 	init.Env = append(os.Environ(), stageEnv+"=init", binEnv+"="+bin, "TMPDIR="+dir, "HOME="+dir,
 		"PATH="+os.Getenv("PATH")+":/usr/sbin:/sbin") // nginx, ip, tcpdump: not on every user's path
@@ -97,6 +98,16 @@ func outside() (int, error) {
 			"kernel.apparmor_restrict_unprivileged_userns", err)
 	}
 	return exitCode(init.Wait())
+}
+
+// liftFileLimit lets the tests open as many files as a service of systemd may
+// (DefaultLimitNOFILE=, systemd-system.conf(5)), where that may be changed.
+func liftFileLimit() {
+	const want = 1 << 19
+	var limit unix.Rlimit
+	if unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) == nil && limit.Max < want {
+		_ = unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: limit.Cur, Max: want})
+	}
 }
 
 // initProcess is PID 1 of the namespaces.
