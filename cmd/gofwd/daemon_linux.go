@@ -30,16 +30,32 @@ func inheritedFD(option string, fd int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "--"+option+" "+strconv.Itoa(fd)), nil
 }
 
+// closeInherited closes what whoever started gofwd forgot to close, so that nobody
+// waits for its end because of us.
+func closeInherited() error {
+	return eachInherited(func(fd int) { _ = unix.Close(fd) })
+}
+
 // closeInheritedOnExec keeps descriptors that whoever started gofwd forgot to
 // close from gofwd's children.
 func closeInheritedOnExec() error {
+	return eachInherited(unix.CloseOnExec)
+}
+
+// eachInherited calls fn for each descriptor above 2 that came through execve:
+// those that Go opened have FD_CLOEXEC.
+func eachInherited(fn func(fd int)) error {
 	entries, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return fmt.Errorf("list descriptors: %w", err)
 	}
 	for _, e := range entries {
-		if fd, err := strconv.Atoi(e.Name()); err == nil && fd > 2 {
-			unix.CloseOnExec(fd)
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil || fd <= 2 {
+			continue
+		}
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
+			fn(fd)
 		}
 	}
 	return nil

@@ -52,12 +52,13 @@ func parseID(s string) (int, error) {
 	return int(n), nil
 }
 
-// become makes all threads of the process run as id, without other groups. What
+// become makes all threads of the process run as id, without other groups where it can. What
 // /proc has of the process stays its own, for the maps of user namespaces
 // (PR_SET_DUMPABLE(2const)).
 func (id identity) become() error {
-	// Package syscall's act on all threads.
-	if err := syscall.Setgroups(nil); err != nil {
+	// Package syscall's act on all threads. In a user namespace that forbids it
+	// no groups can be dropped (user_namespaces(7)).
+	if err := syscall.Setgroups(nil); err != nil && !errors.Is(err, unix.EPERM) {
 		return fmt.Errorf("run as %d:%d: setgroups: %w", id.uid, id.gid, err)
 	}
 	if err := syscall.Setresgid(id.gid, id.gid, id.gid); err != nil {

@@ -51,6 +51,11 @@ func runPasta(argv []string) error {
 	if p.exec != nil {
 		return becomeCommand(p.exec)
 	}
+	if !p.o.inner && p.o.detachedFD < 0 {
+		if err := closeInherited(); err != nil {
+			return err
+		}
+	}
 	rest, err := getopt(p.options(), args)
 	switch {
 	case err != nil:
@@ -206,7 +211,7 @@ func (p *pasta) chooseTarget(rest []string) error {
 			return errors.New("--userns needs --netns or a PID")
 		}
 		p.command = rest
-		o.quiet = true
+		o.quiet = o.quiet || o.logLevel != "debug" // the command has the terminal
 		o.pidNS = !p.noPIDNS
 		return nil
 	}

@@ -16,8 +16,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/gofwd/gofwd/forward"
 	"github.com/gofwd/gofwd/forward/control"
 	"github.com/gofwd/gofwd/netnsutil"
@@ -259,25 +257,4 @@ func (r *rootlessport) serveOne(c net.Conn) error {
 		return fmt.Errorf("read the container's address: %w", err)
 	}
 	return r.forwarder.Refresh()
-}
-
-// closeInherited closes all descriptors above 2 that are not ours, see inheritedFD:
-// whoever started Podman may have leaked his.
-func closeInherited() error {
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		return fmt.Errorf("list descriptors: %w", err)
-	}
-	for _, e := range entries {
-		var fd int
-		if _, err := fmt.Sscan(e.Name(), &fd); err != nil || fd <= 2 {
-			continue
-		}
-		// Those that Go has opened have FD_CLOEXEC, what came through
-		// execve(2) has not.
-		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
-			unix.Close(fd)
-		}
-	}
-	return nil
 }
