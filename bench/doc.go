@@ -27,15 +27,18 @@
 // # Loads
 //
 // TCP throughput is iperf3(1), HTTP is nginx under wrk(1). Latency, connection
-// rate, datagrams and idle connections are a generator of our own
-// (load_linux.go, serve_linux.go), which is the same for all tools. What it can
-// do at most is the native column; a tool that reaches that may be faster still.
+// rate, datagrams, QUIC and idle connections are a generator of our own
+// (load_linux.go, serve_linux.go, quic_linux.go), which is the same for all tools.
+// What it can do at most is the native column; a tool that reaches that may be
+// faster still.
 //
 //   - Latency: one byte there and back on one connection, again and again.
 //   - New connections: eight at a time connect, exchange one byte and close, the
 //     client first. A connection that failed is counted as failed.
 //   - UDP: the highest rate that arrives with less than 1 % loss, found by
 //     bisection; and what is delivered while the sender sends all that it can.
+//   - QUIC: quic-go at both ends, one stream; the sender bundles datagrams
+//     (UDP_SEGMENT). Encryption takes most of the time at both ends.
 //   - Idle connections: each has carried one byte. Memory is the resident set
 //     of the tool's processes; kernel memory is not in it. RootlessKit's
 //     includes the 1.5 MB of the sleep(1) that it must run.

@@ -51,6 +51,8 @@ func load(args []string) error {
 		values, err = connectRequestResponse(addr, d, numbers[0])
 	case "udp":
 		values, err = floodUDP(addr, d, numbers[0], max(1, numbers[1]))
+	case "quic":
+		values, err = uploadQUIC(addr, d)
 	case "flows":
 		values, err = oneShotFlows(addr, numbers[0])
 	case "idle":

@@ -181,6 +181,9 @@ func ours(kind string, w way, ip int, args ...int) measurement {
 			if kind == "udp" && len(args) > 1 {
 				port = portGRO
 			}
+			if kind == "quic" {
+				port = portQUIC
+			}
 			argv := []string{self, "load", kind, netip.AddrPortFrom(e.to, uint16(port)).String(), fmt.Sprint(seconds)}
 			out, err := s.runClient(ctx, e.from, seconds, append(argv, texts...)...)
 			if err != nil {
@@ -189,6 +192,9 @@ func ours(kind string, w way, ip int, args ...int) measurement {
 			got := outcome{values: map[string]float64{}}
 			if err := json.Unmarshal(out, &got.values); err != nil {
 				return outcome{}, fmt.Errorf("read report of the load generator: %w", err)
+			}
+			if kind == "quic" {
+				got.bytes = got.values[unitGbps] / 8 * 1e9 * seconds
 			}
 			got.ops = (got.values[unitRate] + got.values[unitConns]) * seconds
 			return got, nil

@@ -254,6 +254,7 @@ func udp() []row {
 			segments := 65507 / full
 			add(fmt.Sprintf("UDPGSO/size=%d", full), fmt.Sprintf("%d bytes, UDP_SEGMENT", full), false,
 				ours("udp", w, ip, full, segments), unitGbps)
+			add("QUIC", "QUIC by quic-go, one stream", false, ours("quic", w, ip), unitGbps, unitHelperPerGB)
 			add("UDPRR", "latency", false, ours("udprr", w, ip), unitP50, unitP99)
 		}
 	}

@@ -30,8 +30,8 @@ const (
 const sinkHeader = 1 + 8
 
 // serve is the load server. It listens on the given ports of every address,
-// each written as tcp/5202, udp/5202, or gro/5204 for UDP with UDP_GRO, and
-// says "ready".
+// each written as tcp/5202, udp/5202, gro/5204 for UDP with UDP_GRO, or quic/5206,
+// and says "ready".
 func serve(args []string) error {
 	raiseFileLimit()
 	errc := make(chan error)
@@ -55,6 +55,10 @@ func serve(args []string) error {
 		}
 		if err := tuneUDP(conn, kind == "gro"); err != nil {
 			return err
+		}
+		if kind == "quic" {
+			go serveQUIC(conn, errc)
+			continue
 		}
 		go serveUDP(conn, errc)
 	}

@@ -21,6 +21,7 @@ const (
 	portHTTP  = 5203
 	portGRO   = 5204 // UDP, the server takes bundles
 	portSpare = 5205 // not published: a tool adds it at run time
+	portQUIC  = 5206
 
 	portOutIperf = 5211
 	portOutLoad  = 5212 // TCP and UDP
@@ -30,7 +31,7 @@ const (
 // outTCP and outUDP from the container's loopback to the host's.
 var (
 	publishedTCP = []int{portIperf, portLoad, portHTTP}
-	publishedUDP = []int{portLoad, portGRO}
+	publishedUDP = []int{portLoad, portGRO, portQUIC}
 	outTCP       = []int{portOutIperf, portOutLoad}
 	outUDP       = []int{portOutLoad}
 )
@@ -85,7 +86,7 @@ func (l *lab) newSite(ctx context.Context, t tool, b bed) (_ *site, err error) {
 			return nil, err
 		}
 	}
-	if err := s.serve(ctx, s.client, loadServers([]int{portLoad}, []int{portLoad}, []int{portGRO})); err != nil {
+	if err := s.serve(ctx, s.client, append(loadServers([]int{portLoad}, []int{portLoad}, []int{portGRO}), quicServer)); err != nil {
 		return nil, err
 	}
 	if err := s.serve(ctx, s.host, loadServers([]int{portOutLoad}, outUDP, nil)); err != nil {
@@ -122,8 +123,11 @@ func (s *site) setContainer(ctx context.Context, n *namespace) error {
 	if err := n.setSysctls(append(s.bed.sysctls, s.bed.container...)); err != nil {
 		return err
 	}
-	return s.serve(ctx, n, loadServers([]int{portLoad, portSpare}, []int{portLoad}, []int{portGRO}))
+	return s.serve(ctx, n, append(loadServers([]int{portLoad, portSpare}, []int{portLoad}, []int{portGRO}), quicServer))
 }
+
+// quicServer is the argument of [serve] for QUIC.
+var quicServer = "quic/" + strconv.Itoa(portQUIC)
 
 // loadServers are the arguments of [serve] for ports of each kind.
 func loadServers(tcp, udp, gro []int) []string {
