@@ -8,20 +8,24 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/gofwd/gofwd/netnsutil"
+	"github.com/gofwd/gofwd/stack"
 )
 
 // Outbound TCP on the kernel path. The container's SYN leaves by the tap and is
 // held by the stack, as on the tap path; nothing after it does:
 //
-//	SYN ─► tap ─► stack holds it ─► heldSYNs.serve: dial on the host ─┬─► refused: RST or ICMP to the tap
-//	                                                                  └─► connected: the SYN goes back into the tap
+//	SYN ─► tap ─► stack holds it ─► heldSYNs.serve: connect(2) on the host ─┬─► refused: RST or ICMP to the tap
+//	                                                                        └─► connected: the SYN goes back into the tap
 //	the namespace's kernel diverts it to a listener of ours ─► accept(2) ─► paired with the dialled socket ─► splicedFlow
+//
+// The stack's reading thread begins to connect, and one loop of the splicer does all
+// the rest: there is no goroutine, and one thread wakes another once.
 //
 // The listener's handshake is the kernel's own, with all its options. The accepted
 // socket has the destination as its own address, which is how the two are paired.
@@ -29,10 +33,9 @@ import (
 // [netnsutil.KernelPath.HoldSYN].
 type heldSYNs struct {
 	e         *tcpEngine
+	loop      *spliceLoop
 	listeners []*heldListener
-
-	mu       sync.Mutex // guards the following field
-	released map[flowKey]*heldSYN
+	released  map[flowKey]*heldSYN // of the loop's thread
 }
 
 // flowKey is a connection as the container sees it.
@@ -49,7 +52,7 @@ const heldBacklog = 1 << 16
 // newHeldSYNs makes the listeners, in a namespace whose tap is there, and diverts
 // to them.
 func newHeldSYNs(e *tcpEngine, ns *netnsutil.NS, k *netnsutil.KernelPath, tap string) (*heldSYNs, error) {
-	h := &heldSYNs{e: e, released: make(map[flowKey]*heldSYN)}
+	h := &heldSYNs{e: e, loop: e.splicer.loops[0], released: make(map[flowKey]*heldSYN)}
 	var addrs []netip.AddrPort
 	err := ns.Do(func() error {
 		for _, is4 := range []bool{true, false} {
@@ -60,7 +63,7 @@ func newHeldSYNs(e *tcpEngine, ns *netnsutil.NS, k *netnsutil.KernelPath, tap st
 			if err != nil {
 				return err
 			}
-			h.listeners = append(h.listeners, &heldListener{sharedFD: sharedFD{fd: fd}, h: h})
+			h.listeners = append(h.listeners, &heldListener{sharedFD: sharedFD{fd: fd}, h: h, is4: is4})
 			sa, err := unix.Getsockname(fd)
 			if err != nil {
 				return os.NewSyscallError("getsockname", err)
@@ -79,7 +82,7 @@ func newHeldSYNs(e *tcpEngine, ns *netnsutil.NS, k *netnsutil.KernelPath, tap st
 		return nil, fmt.Errorf("hold back the container's SYNs: %w", err)
 	}
 	for _, hl := range h.listeners {
-		hl.share(e.splicer, hl)
+		hl.share([]*spliceLoop{h.loop}, hl)
 	}
 	return h, nil
 }
@@ -123,192 +126,217 @@ func listenTransparent(addr netip.Addr, mark uint32) (fd int, err error) {
 // heldSYN is one connection, from the SYN to its end.
 type heldSYN struct {
 	h     *heldSYNs
-	r     request
-	l     *spliceLoop
+	r     *stack.TCPRequest
 	begun time.Time
+	stop  func() bool // the request's context matters no longer
+
+	attached atomic.Bool // to the loop
 
 	// Of the loop's thread.
-	slot    int32
-	dialing bool
-
-	flow  splicedFlow // fds[0] is the dialled socket
-	timer *time.Timer // since it was released; h.mu guards it
-	done  chan struct{}
+	state  heldState
+	slot   int32
+	events uint32        // seen at the dialled socket
+	slow   late          // released, but not accepted
+	looks  time.Duration // how often that was found
+	flow   splicedFlow   // fds[0] is the dialled socket
 }
 
-// serve carries a connection of the container's as far as its handshake. It
-// returns when that is over, and the SYN must be held no longer.
-func (h *heldSYNs) serve(r request) {
-	c := &heldSYN{h: h, r: r, l: h.e.splicer.pick(), begun: time.Now(), done: make(chan struct{})}
+// heldState is how far a connection of the container's has come:
+//
+//	heldDialing ─► heldReleased ─► heldEnded: the flow goes on
+//	     └───────────────┴───────► heldEnded: refused, or given up
+type heldState uint8
+
+const (
+	heldDialing heldState = iota
+	heldReleased
+	heldEnded
+)
+
+// serve begins to carry a connection of the container's. It is the stack's
+// callback, and does not block.
+func (h *heldSYNs) serve(r *stack.TCPRequest) {
+	c := &heldSYN{h: h, r: r, begun: time.Now()}
 	c.flow = splicedFlow{
 		counters: &h.e.outbound, events: h.e.events, ended: c.ended, fds: [2]int{-1, -1},
-		flow: Flow{Proto: TCP, Dir: Out, Client: r.src, Server: r.dst, Path: Kernel},
+		flow: Flow{Proto: TCP, Dir: Out, Client: r.Src, Server: r.Dst, Path: Kernel},
 	}
+	c.slow.expired = c.isSlow
+	c.stop = context.AfterFunc(r.Context(), c.giveUp)
 	h.e.outbound.begin()
-	if err := c.dial(); err != nil {
+	addrs := h.e.paths.addrs
+	if addrs.isDNS(r.Dst) {
+		if !h.e.enter() {
+			c.refuse(unix.ECONNREFUSED)
+			return
+		}
+		go c.dialDNS()
+		return
+	}
+	to, err := addrs.destination(r.Dst)
+	if err == nil {
+		c.flow.fds[0], err = h.e.egress.connectTCP(to)
+	}
+	if err != nil {
 		c.refuse(err)
 		return
 	}
-	select {
-	case <-c.done:
-	case <-r.ctx.Done():
-		c.giveUp()
-	case <-h.e.ctx.Done():
-		c.giveUp()
-	}
+	c.attach()
 }
 
-// dial begins to dial on the host. A DNS address leads to one of several
-// nameservers, and is dialled to the end.
-func (c *heldSYN) dial() error {
-	e := c.h.e
-	if e.paths.addrs.isDNS(c.r.dst) {
-		outer, err := e.dialOut(c.r.ctx, c.r.dst)
-		if err != nil {
-			return err
-		}
-		defer outer.Close()
-		if c.flow.fds[0], err = duplicate(outer.(*net.TCPConn)); err != nil {
-			return err
-		}
-		c.release()
-		return nil
+// dialDNS dials a DNS address to the end: it leads to one of several nameservers.
+func (c *heldSYN) dialDNS() {
+	defer c.h.e.wg.Done()
+	ctx, cancel := context.WithCancel(c.r.Context())
+	defer cancel()
+	defer context.AfterFunc(c.h.e.ctx, cancel)()
+	outer, err := c.h.e.dialOut(ctx, c.r.Dst)
+	if err == nil {
+		c.flow.fds[0], err = duplicate(outer.(*net.TCPConn))
+		outer.Close()
 	}
-	to, err := e.paths.addrs.destination(c.r.dst)
 	if err != nil {
-		return err
+		c.refuse(err)
+		return
 	}
-	if c.flow.fds[0], err = e.egress.connectTCP(to); err != nil {
-		return err
-	}
-	if !c.l.do(c.watchDial) {
+	c.attach()
+}
+
+// attach lets the loop wait for the dial.
+func (c *heldSYN) attach() {
+	if err := c.h.loop.attach(c, &c.slot, c.flow.fds[0]); err != nil {
 		unix.Close(c.flow.fds[0])
-		return unix.ECONNREFUSED
+		c.refuse(err)
+		return
 	}
-	return nil
-}
-
-// watchDial waits for the dial on the loop.
-func (c *heldSYN) watchDial() {
-	c.slot = c.l.newSlot(c)
-	c.dialing = true
-	if err := c.l.watch(c.flow.fds[0], socketEvents, c.slot, 0); err != nil {
-		c.endDial(err)
+	c.attached.Store(true)
+	if c.r.Context().Err() != nil { // and giveUp was too early
+		c.giveUp()
 	}
 }
 
-// ready is called when the dial has come to something.
-func (c *heldSYN) ready(_ *spliceLoop, _ int, events uint32) {
-	switch {
-	case events&(unix.EPOLLERR|unix.EPOLLHUP) != 0:
+// ready is called when the dial has come to something, and for what the dialled
+// socket sees until it is part of the flow.
+func (c *heldSYN) ready(l *spliceLoop, _ int, events uint32) {
+	c.events |= events
+	if c.state != heldDialing {
+		return
+	}
+	if events&(unix.EPOLLERR|unix.EPOLLHUP) != 0 {
 		if err := connectError(c.flow.fds[0]); err != nil {
-			c.endDial(err)
+			c.endDial(l, err)
+			return
 		}
-	case events&unix.EPOLLOUT != 0:
-		// The loop that accepts will take the socket.
-		_ = unix.EpollCtl(c.l.epfd, unix.EPOLL_CTL_DEL, c.flow.fds[0], nil)
-		c.leaveLoop()
-		c.release()
 	}
-}
-
-func (c *heldSYN) leaveLoop() {
-	c.dialing = false
-	c.l.freeSlot(c.slot)
+	if events&unix.EPOLLOUT != 0 {
+		c.release(l)
+	}
 }
 
 // endDial ends a dial that came to nothing.
-func (c *heldSYN) endDial(err error) {
-	c.leaveLoop()
+func (c *heldSYN) endDial(l *spliceLoop, err error) {
+	c.state = heldEnded
+	l.freeSlot(c.slot)
 	unix.Close(c.flow.fds[0])
 	c.refuse(err)
-	close(c.done)
 }
-
-func (c *heldSYN) shutdown(*spliceLoop) { c.endDial(unix.ECONNREFUSED) }
 
 // refuse tells the container.
 func (c *heldSYN) refuse(err error) {
+	c.stop()
 	c.h.e.outbound.end()
-	c.r.reject(err)
+	c.r.Reject(err)
 	if c.debug() {
 		c.log().Debug("outbound connection refused", "err", err)
 	}
 }
 
-// release gives the SYN back to the container's kernel.
-func (c *heldSYN) release() {
-	h, key := c.h, flowKey{c.r.src, c.r.dst}
-	h.mu.Lock()
-	old := h.released[key]
-	h.released[key] = c
-	c.timer = time.AfterFunc(releaseTimeout, c.giveUp)
-	h.mu.Unlock()
-	if old != nil { // the container has reused its port before we noticed
-		old.drop()
+// release gives the SYN back to the container's kernel. Over loopback the
+// handshake is done before that returns, as a rule.
+func (c *heldSYN) release(l *spliceLoop) {
+	h := c.h
+	if old := h.released[c.key()]; old != nil { // the container has reused its port before we noticed
+		old.drop(l)
 	}
-	if err := c.r.release(); err != nil {
-		c.giveUp()
-	}
-}
-
-// take returns the released connection with a key, and forgets it.
-func (h *heldSYNs) take(key flowKey) *heldSYN {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	c := h.released[key]
-	if c != nil {
-		delete(h.released, key)
-		c.timer.Stop()
-	}
-	return c
-}
-
-// giveUp ends a connection whose handshake the container does not complete.
-func (c *heldSYN) giveUp() {
-	if c.forget() {
-		c.drop()
+	c.state = heldReleased
+	h.released[c.key()] = c
+	l.late.add(&c.slow)
+	if err := c.r.Release(); err != nil {
+		c.drop(l)
 		return
 	}
-	c.l.do(func() {
-		switch {
-		case c.dialing:
-			c.leaveLoop()
-			c.drop()
-		case c.forget():
-			c.drop()
+	for _, hl := range h.listeners {
+		if hl.is4 == c.r.Src.Addr().Is4() {
+			hl.accept(l)
+		}
+	}
+}
+
+func (c *heldSYN) key() flowKey { return flowKey{c.r.Src, c.r.Dst} }
+
+// isSlow is called when nothing was accepted for some time.
+func (c *heldSYN) isSlow() {
+	if c.looks++; c.looks*lateAfter < releaseTimeout {
+		c.h.loop.late.add(&c.slow)
+	} else {
+		c.drop(c.h.loop)
+	}
+}
+
+// giveUp ends a connection that the container has given up.
+func (c *heldSYN) giveUp() {
+	if !c.attached.Load() {
+		return
+	}
+	c.h.loop.do(func() {
+		if c.state != heldEnded {
+			c.drop(c.h.loop)
 		}
 	})
 }
 
-// forget is true if c was released and not accepted, and nobody else will end it.
-func (c *heldSYN) forget() bool {
-	h, key := c.h, flowKey{c.r.src, c.r.dst}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.released[key] != c {
-		return false
-	}
-	delete(h.released, key)
-	c.timer.Stop()
-	return true
-}
-
 // drop closes the dialled socket.
-func (c *heldSYN) drop() {
+func (c *heldSYN) drop(l *spliceLoop) {
+	c.leave()
+	l.freeSlot(c.slot)
 	closeSocket(c.flow.fds[0], true)
 	c.h.e.outbound.end()
-	close(c.done)
 	if c.debug() {
 		c.log().Debug("outbound connection given up")
 	}
 }
 
+// leave ends the request.
+func (c *heldSYN) leave() {
+	if c.state == heldReleased {
+		delete(c.h.released, c.key())
+		c.slow.remove()
+	}
+	c.state = heldEnded
+	c.stop()
+	c.r.Done()
+}
+
+func (c *heldSYN) shutdown(l *spliceLoop) {
+	if c.state == heldDialing {
+		c.endDial(l, unix.ECONNREFUSED)
+	} else {
+		c.drop(l)
+	}
+}
+
 // accepted pairs c with the socket that the kernel made of its SYN.
 func (c *heldSYN) accepted(l *spliceLoop, fd int) {
-	c.flow.fds[1] = fd
-	close(c.done)
-	l.adopt(&c.flow)
+	c.leave()
+	f := &c.flow
+	f.fds[1], f.slot = fd, c.slot
+	l.passSlot(c.slot, f)
+	if f.start(l, [2]uint32{c.events, 0}); f.dead {
+		return
+	}
+	if err := l.watch(fd, socketEvents, f.slot, 1); err != nil {
+		f.end(l, true, err.Error())
+	}
 }
 
 // ended is the end of the flow.
@@ -325,43 +353,50 @@ func (c *heldSYN) debug() bool {
 }
 
 func (c *heldSYN) log() *slog.Logger {
-	return c.h.e.log.With("client", c.r.src, "to", c.r.dst, "path", Kernel)
+	return c.h.e.log.With("client", c.r.Src, "to", c.r.Dst, "path", Kernel)
 }
 
 // heldListener is a listener to which SYNs are diverted.
 type heldListener struct {
 	sharedFD
-	h *heldSYNs
+	h   *heldSYNs
+	is4 bool
 }
 
-// ready accepts.
+// ready accepts what was not there yet when its SYN had been released.
 func (hl *heldListener) ready(l *spliceLoop, _ int, _ uint32) {
 	for range acceptBatch {
-		fd, sa, err := unix.Accept4(hl.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-		switch {
-		case err == nil:
-			hl.pair(l, fd, addrPortOf(sa))
-		case errors.Is(err, unix.EAGAIN):
+		if !hl.accept(l) {
 			return
-		case exhausted(err):
-			if !l.s.refuse(hl.fd) {
-				time.Sleep(time.Millisecond)
-				return
-			}
 		}
 	}
+}
+
+// accept accepts one connection, and is false if there is none.
+func (hl *heldListener) accept(l *spliceLoop) bool {
+	fd, sa, err := unix.Accept4(hl.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+	switch {
+	case err == nil:
+		hl.pair(l, fd, addrPortOf(sa))
+	case errors.Is(err, unix.EAGAIN):
+		return false
+	case exhausted(err):
+		if !l.s.refuse(hl.fd) {
+			time.Sleep(time.Millisecond)
+			return false
+		}
+	}
+	return true
 }
 
 // pair finds the dialled socket for an accepted one.
 func (hl *heldListener) pair(l *spliceLoop, fd int, src netip.AddrPort) {
 	sa, err := unix.Getsockname(fd)
-	if err != nil {
-		closeSocket(fd, true)
-		return
-	}
-	if c := hl.h.take(flowKey{src, addrPortOf(sa)}); c != nil {
-		c.accepted(l, fd)
-		return
+	if err == nil {
+		if c := hl.h.released[flowKey{src, addrPortOf(sa)}]; c != nil {
+			c.accepted(l, fd)
+			return
+		}
 	}
 	closeSocket(fd, true) // too late
 }

@@ -48,7 +48,7 @@ func newAcceptor(e *tcpEngine, ln *net.TCPListener, to *atomic.Pointer[tcpTarget
 	}
 	ln.Close() // out of the Go runtime's poller
 	a := &acceptor{sharedFD: sharedFD{fd: fd}, e: e, to: to, addr: ln.Addr()}
-	a.share(e.splicer, a)
+	a.share(e.splicer.loops, a)
 	return a, nil
 }
 
@@ -242,7 +242,7 @@ func (c *kernelConn) ready(l *spliceLoop, side int, events uint32) {
 		if c.route.src != c.client {
 			c.flow.flow.Seen = c.route.src
 		}
-		l.slots[c.slot] = &c.flow
+		l.passSlot(c.slot, &c.flow)
 		c.flow.start(l, c.events)
 	}
 }

@@ -11,20 +11,23 @@ import (
 	"github.com/gofwd/gofwd/stack"
 )
 
-// request is a connection that the container wants to open, its SYN held until
-// it is answered: see [stack.TCPRequest].
+// request is a connection that the container wants to open on the tap path, its
+// SYN held until it is answered: see [stack.TCPRequest].
 type request struct {
 	src, dst netip.AddrPort
 	ctx      context.Context
-	accept   func(context.Context) (flowConn, error) // on the tap path
-	release  func() error                            // on the kernel path
+	accept   func(context.Context) (flowConn, error)
 	reject   func(error)
 }
 
-// fromNamespace is the stack's callback for TCP.
+// fromNamespace is the stack's callback for TCP. It does not block.
 func (e *tcpEngine) fromNamespace(r *stack.TCPRequest) {
-	e.serveRequest(request{
-		src: r.Src, dst: r.Dst, ctx: r.Context(), reject: r.Reject, release: r.Release,
+	if e.held != nil {
+		e.held.serve(r)
+		return
+	}
+	go e.serveRequest(request{
+		src: r.Src, dst: r.Dst, ctx: r.Context(), reject: r.Reject,
 		accept: func(ctx context.Context) (flowConn, error) {
 			c, err := r.Accept(ctx)
 			if err != nil {
@@ -35,18 +38,14 @@ func (e *tcpEngine) fromNamespace(r *stack.TCPRequest) {
 	})
 }
 
-// serveRequest carries a connection from the namespace to the world: it dials
-// first, and answers the container as the dial was answered.
+// serveRequest carries a connection from the namespace to the world on the tap
+// path: it dials first, and answers the container as the dial was answered.
 func (e *tcpEngine) serveRequest(r request) {
 	if !e.enter() {
 		r.reject(syscall.ECONNREFUSED)
 		return
 	}
 	defer e.wg.Done()
-	if e.held != nil {
-		e.held.serve(r)
-		return
-	}
 	e.outbound.begin()
 	defer e.outbound.end()
 	ctx, cancel := context.WithCancel(r.ctx)

@@ -7,7 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// sharedFD is a listening socket in the epoll sets of all loops of a splicer, for
+// sharedFD is a listening socket in the epoll sets of several loops of a splicer, for
 // the [watched] that embeds it. The last loop to leave it closes it, so that no
 // other can have a number in hand that means something else by then.
 type sharedFD struct {
@@ -17,11 +17,11 @@ type sharedFD struct {
 	closed  chan struct{} // closed when it is
 }
 
-// share begins to accept on all loops.
-func (d *sharedFD) share(s *splicer, w watched) {
+// share begins to accept on some loops.
+func (d *sharedFD) share(loops []*spliceLoop, w watched) {
 	d.closed = make(chan struct{})
-	d.loops.Store(int32(len(s.loops)))
-	for _, l := range s.loops {
+	d.loops.Store(int32(len(loops)))
+	for _, l := range loops {
 		if !l.do(func() { d.enter(l, w) }) {
 			d.left()
 		}

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -122,12 +123,10 @@ type watched interface {
 // spliceLoop is one thread of a splicer. Its fields belong to that thread, but
 // for those that mu guards.
 type spliceLoop struct {
-	s     *splicer
-	epfd  int
-	wake  int // eventfd
-	buf   [bufferSize]byte
-	slots []watched
-	free  []int32 // indexes of slots
+	s    *splicer
+	epfd int
+	wake int // eventfd
+	buf  [bufferSize]byte
 	// shared are the slots of listening sockets, of which there may be tens of
 	// thousands.
 	shared map[*sharedFD]int32
@@ -135,8 +134,12 @@ type spliceLoop struct {
 	late   lateList
 
 	mu      sync.Mutex // guards the following fields
+	slots   []watched
+	free    []int32 // indexes of slots
 	calls   []func()
 	stopped bool
+
+	attaching sync.WaitGroup // to which nobody is added once stopped is set
 }
 
 // wakeSlot stands for the eventfd in the epoll set.
@@ -194,7 +197,7 @@ func (l *spliceLoop) loop() {
 		for i := range max(n, 0) {
 			if e := &events[i]; e.Fd == wakeSlot {
 				woken = true
-			} else if w := l.slots[e.Fd]; w != nil {
+			} else if w := l.at(e.Fd); w != nil {
 				w.ready(l, int(e.Pad), e.Events)
 			}
 		}
@@ -248,17 +251,57 @@ func (l *spliceLoop) runCalls() (stopped bool) {
 		fn()
 	}
 	if stopped {
-		for _, w := range l.slots {
-			if w != nil {
-				w.shutdown(l)
-			}
+		l.attaching.Wait()
+		for _, w := range l.all() {
+			w.shutdown(l)
 		}
 	}
 	return stopped
 }
 
+// attach adds a socket, with a slot of its own, which it stores before the first
+// event. It is for any thread. After an error, which is [net.ErrClosed] if the
+// splicer is, the socket is not in the set.
+func (l *spliceLoop) attach(w watched, slot *int32, fd int) error {
+	l.mu.Lock()
+	if l.stopped {
+		l.mu.Unlock()
+		return net.ErrClosed
+	}
+	s := l.newSlotLocked(w)
+	*slot = s
+	l.attaching.Add(1)
+	l.mu.Unlock()
+	defer l.attaching.Done()
+	err := l.watch(fd, socketEvents, s, 0)
+	if err != nil {
+		l.freeSlot(s)
+	}
+	return err
+}
+
+// at returns what a slot is of, nil if it is free.
+func (l *spliceLoop) at(slot int32) watched {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.slots[slot]
+}
+
+// all returns what there is in slots.
+func (l *spliceLoop) all() []watched {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(l.slots), func(w watched) bool { return w == nil })
+}
+
 // newSlot returns a slot for w.
 func (l *spliceLoop) newSlot(w watched) (slot int32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.newSlotLocked(w)
+}
+
+func (l *spliceLoop) newSlotLocked(w watched) (slot int32) {
 	if n := len(l.free); n > 0 {
 		slot, l.free = l.free[n-1], l.free[:n-1]
 		l.slots[slot] = w
@@ -272,8 +315,17 @@ func (l *spliceLoop) newSlot(w watched) (slot int32) {
 // same epoll_wait(2) that are still to come may meet the slot's next user, for
 // whom they are spurious.
 func (l *spliceLoop) freeSlot(slot int32) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.slots[slot] = nil
 	l.free = append(l.free, slot)
+}
+
+// passSlot makes a slot that of another.
+func (l *spliceLoop) passSlot(slot int32, to watched) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.slots[slot] = to
 }
 
 // socketEvents are what is watched for on the sockets of flows. EPOLLERR and
@@ -450,7 +502,7 @@ func closeSocket(fd int, reset bool) {
 func (s *splicer) abort(match func(*splicedFlow) bool, how string) {
 	for _, l := range s.loops {
 		l.do(func() {
-			for _, w := range l.slots {
+			for _, w := range l.all() {
 				if f, ok := w.(*splicedFlow); ok && !f.dead && match(f) {
 					f.end(l, true, how)
 				}
@@ -476,7 +528,7 @@ func (s *splicer) flows() (flows []Flow) {
 
 // flows is for the loop's thread.
 func (l *spliceLoop) flows() (flows []Flow) {
-	for _, w := range l.slots {
+	for _, w := range l.all() {
 		if f, ok := w.(*splicedFlow); ok && !f.dead {
 			d := f.flow
 			d.askFD(f.fds[0])

@@ -27,9 +27,10 @@ type Config struct {
 	// Guest are the container's own addresses: packets to them from the
 	// container are never ours, and ARP and NDP never answer for them.
 	Guest []netip.Addr
-	// TCP is called for each connection that the container begins, on a
-	// goroutine of its own; it must end in one of the request's Accept,
-	// Release or Reject. Nil rejects all.
+	// TCP is called for each connection that the container begins, on the
+	// reading goroutine: it must not block. The request must end, then or
+	// later, in one of its Accept (which does block), Reject, or Release and
+	// Done. Nil rejects all.
 	TCP func(*TCPRequest)
 	// UDP is called for each datagram from the container, on the reading
 	// goroutine: it must not block, nor keep the datagram. Nil drops all.

@@ -79,23 +79,37 @@ type acceptResult struct {
 // handle takes a SYN from the reading goroutine. It returns false if the SYN is
 // gVisor's.
 func (h *synHolder) handle(p *packet, ip []byte) bool {
+	kept, r := h.hold(p, ip)
+	switch {
+	case r == nil:
+	case h.stack.cfg.TCP == nil:
+		r.Reject(nil)
+	default:
+		h.stack.cfg.TCP(r)
+	}
+	return kept
+}
+
+// hold reports whether a SYN is kept from gVisor, and returns the request that it
+// is the first SYN of.
+func (h *synHolder) hold(p *packet, ip []byte) (kept bool, _ *TCPRequest) {
 	key := heldKey{netip.AddrPortFrom(p.src, p.srcPort()), netip.AddrPortFrom(p.dst, p.dstPort())}
 	seq := binary.BigEndian.Uint32(p.l4[4:])
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if r := h.held[key]; r != nil {
 		if r.seq == seq {
-			return h.retransmittedLocked(r, ip)
+			return h.retransmittedLocked(r, ip), nil
 		}
 		// The container gave up and reuses its port; what was dialled
 		// for the old SYN is stale.
 		h.endLocked(key, r)
 	} else if h.stack.established(key) {
-		return false
+		return false, nil
 	}
 	if !h.makeRoomLocked() || h.ctx.Err() != nil {
 		h.stack.stats.synDrop.Add(1)
-		return true
+		return true, nil
 	}
 	r := &TCPRequest{
 		Src: key.src, Dst: key.dst, holder: h,
@@ -103,9 +117,7 @@ func (h *synHolder) handle(p *packet, ip []byte) bool {
 	}
 	r.ctx, r.cancel = context.WithCancel(h.ctx)
 	h.held[key] = r
-	h.wg.Add(1)
-	go h.serve(r)
-	return true
+	return true, r
 }
 
 // makeRoomLocked reports whether one more SYN may be held. Where there are too many,
@@ -143,17 +155,6 @@ func (h *synHolder) retransmittedLocked(r *TCPRequest, ip []byte) bool {
 	return true
 }
 
-// serve runs the owner's callback for one request.
-func (h *synHolder) serve(r *TCPRequest) {
-	defer h.wg.Done()
-	defer r.Done()
-	if h.stack.cfg.TCP == nil {
-		r.Reject(nil)
-		return
-	}
-	h.stack.cfg.TCP(r)
-}
-
 func (h *synHolder) endLocked(key heldKey, r *TCPRequest) {
 	if h.held[key] == r {
 		delete(h.held, key)
@@ -166,8 +167,8 @@ func (h *synHolder) endLocked(key heldKey, r *TCPRequest) {
 func (r *TCPRequest) Context() context.Context { return r.ctx }
 
 // Done ends the request: the next SYN from the same ports is a new one. Accept and
-// Reject imply it, and so does the return of the callback. After Release it says
-// that the kernel has accepted the connection, or that it will not.
+// Reject imply it. After Release it says that the kernel has accepted the
+// connection, or that it will not.
 func (r *TCPRequest) Done() {
 	r.holder.mu.Lock()
 	defer r.holder.mu.Unlock()

@@ -119,7 +119,7 @@ func TestDialTCPRefused(t *testing.T) {
 
 func TestAcceptAndReject(t *testing.T) {
 	answer := make(chan error, 1)
-	ns, _ := newTapStack(t, Config{TCP: func(r *TCPRequest) {
+	serve := func(r *TCPRequest) {
 		if err := <-answer; err != nil {
 			r.Reject(err)
 			return
@@ -130,7 +130,8 @@ func TestAcceptAndReject(t *testing.T) {
 		}
 		io.Copy(c, c)
 		c.Close()
-	}}, 1500)
+	}
+	ns, _ := newTapStack(t, Config{TCP: func(r *TCPRequest) { go serve(r) }}, 1500)
 	dial := func(to netip.Addr) (net.Conn, error) {
 		var c net.Conn
 		err := ns.Do(func() (err error) {
