@@ -332,7 +332,7 @@ func (e *tcpEngine) serveLeft(to *tcpTarget, left tcpTurns, fd int) {
 		e.log.Warn("connection refused", "err", err)
 		return
 	}
-	e.serveTurns(to, left, c.(*net.TCPConn))
+	e.serveTurns(to, left, c.(*net.TCPConn), nil)
 }
 
 // addrPortOf returns the address of a TCP peer.

@@ -188,13 +188,14 @@ func (e *tcpEngine) acceptLoop(l *tcpListener, ln streamListener) {
 	defer e.wg.Done()
 	const minDelay, maxDelay = 5 * time.Millisecond, time.Second
 	delay := minDelay
+	var order acceptOrder
 	for {
 		c, err := ln.Accept()
 		switch {
 		case err == nil:
 			delay = minDelay
 			if e.enter() {
-				go e.serve(l.to.Load().order(), c.(flowConn))
+				go e.serve(l.to.Load().order(), c.(flowConn), order.next(clientOf(c).Addr()))
 			} else {
 				abort(c)
 			}
@@ -216,21 +217,22 @@ func (e *tcpEngine) acceptLoop(l *tcpListener, ln streamListener) {
 }
 
 // serve carries one accepted connection.
-func (e *tcpEngine) serve(turns tcpTurns, c flowConn) {
+func (e *tcpEngine) serve(turns tcpTurns, c flowConn, turn *turn) {
 	defer e.wg.Done()
-	e.serveTurns(turns.begin(clientOf(c).Addr()), turns, c)
+	defer turn.done()
+	e.serveTurns(turns.begin(clientOf(c).Addr()), turns, c, turn)
 }
 
 // serveTurns carries a connection that to has admitted, in the direction of the
 // rule, or what is left of its turns, if to takes no connection. If nobody does, RST
 // is the nearest to "refused" that there is: the handshake with the client is done.
-func (e *tcpEngine) serveTurns(to *tcpTarget, left tcpTurns, c flowConn) {
+func (e *tcpEngine) serveTurns(to *tcpTarget, left tcpTurns, c flowConn, turn *turn) {
 	for to != nil {
 		served := false
 		if to.rule.rule.Dir == Out {
 			served = e.serveOut(to, c)
 		} else {
-			served = e.serveIn(to, c, len(left) == 0)
+			served = e.serveIn(to, c, len(left) == 0, turn)
 		}
 		to.rule.end()
 		if served {
@@ -244,15 +246,17 @@ func (e *tcpEngine) serveTurns(to *tcpTarget, left tcpTurns, c flowConn) {
 
 // serveIn carries a connection from the host into the namespace. It is false if
 // there was no server to take it, who gets less time if it isn't the last that can.
-func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn, last bool) (served bool) {
+func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn, last bool, turn *turn) (served bool) {
 	client := clientOf(c)
 	patience := dialTimeout
 	if !last {
 		patience = lateAfter
 	}
 	ctx, cancel := context.WithTimeout(to.rule.ctx, patience)
+	turn.wait()
 	inner, r, err := dial(ctx, e.paths.routes(to.rule.rule, client, to.port))
 	cancel()
+	turn.done()
 	log := e.log.With("client", client, "forward", c.LocalAddr(), "path", r.path)
 	if err != nil {
 		log.Debug("connection refused", "err", err)
