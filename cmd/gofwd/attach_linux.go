@@ -115,14 +115,16 @@ func (o *options) attach(ctx context.Context) error {
 		return err
 	}
 	defer u.close()
-	if userNS == nil {
+	if userNS == nil && !o.follow {
 		in, err := u.serveHere(ctx, ns)
 		if err != nil {
 			return err
 		}
 		return u.supervise(in, nil)
 	}
-	defer userNS.Close()
+	if userNS != nil {
+		defer userNS.Close()
+	}
 	in, err := u.spawn(netnsutil.SpawnConfig{UserNS: userNS}, ns)
 	if err != nil {
 		return o.explainEntry(err)

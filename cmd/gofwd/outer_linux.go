@@ -50,7 +50,8 @@ import (
 // well as outer was sent to the group, and isn't passed on a second time.
 //
 // attach in the user namespace where it runs already (root, podman unshare)
-// needs one process; then inner is a goroutine.
+// needs one process; then inner is a goroutine. With --follow it is a process all
+// the same: outer will start podman(1) again, and so can be in no sandbox.
 
 // message is what inner has to tell outer, as JSON.
 type message struct {
@@ -211,7 +212,7 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 	}
 	cfg.Args = u.opts.again(u.argv, again...)
 	start := netnsutil.Spawn
-	if ns == nil && u.opts.netNSOnly {
+	if cfg.UserNS == nil && (ns != nil || u.opts.netNSOnly) {
 		start = spawnHere
 	}
 	proc, err := start(cfg)
@@ -371,8 +372,7 @@ func (u *outer) serveHere(ctx context.Context, ns *netnsutil.NS) (*inside, error
 	if u.capture != nil {
 		i.capture = u.capture
 	}
-	// With --follow this process will start again from the beginning.
-	if !u.opts.noSandbox && !u.opts.follow {
+	if !u.opts.noSandbox {
 		i.keep = &sandbox{config: u.opts.configFile, removeFrom: u.namesIn()}
 	}
 	go in.attachHere(ctx, i)

@@ -134,6 +134,9 @@ func runRootlessport(stdin io.Reader) error {
 		return err
 	}
 	defer r.close()
+	if err := r.sandbox().enter(); err != nil {
+		return err
+	}
 	// Podman goes away: what we might print later has nowhere to go.
 	if err := releaseStdio(); err != nil {
 		return err
@@ -177,6 +180,18 @@ func (r *rootlessport) start(ns *netnsutil.NS) error {
 		go r.serveControl()
 	}
 	return nil
+}
+
+// sandbox is what it keeps: what it reads while it runs is in the namespace.
+func (r *rootlessport) sandbox() *sandbox {
+	var dirs []string
+	if r.control != nil {
+		dirs = append(dirs, filepath.Dir(r.socket.path))
+	}
+	if r.reload != nil {
+		dirs = append(dirs, filepath.Join(r.cfg.TmpDir, "rp"))
+	}
+	return &sandbox{removeFrom: dirs}
 }
 
 func (r *rootlessport) serveControl() {

@@ -39,11 +39,12 @@ func (m inScripts) Run() int {
 
 // programs are what scripts find in $PATH besides the machine's own.
 var programs = map[string]func(){
-	"gofwd":     main,
-	"serve":     serveMain,
-	"fetch":     fetchMain,
-	"notified":  notifiedMain,
-	"sandboxed": sandboxedMain,
+	"gofwd":        main,
+	"rootlessport": main,
+	"serve":        serveMain,
+	"fetch":        fetchMain,
+	"notified":     notifiedMain,
+	"sandboxed":    sandboxedMain,
 }
 
 func TestScripts(t *testing.T) {
