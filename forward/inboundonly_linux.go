@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -220,11 +221,13 @@ func (f *Forwarder) startInbound() error {
 
 // Refresh reads the namespace's addresses again, with [Config].InboundOnly: new
 // clients are sent to those, and rules with a target among them take the kernel
-// path. Connections go on as far as they can.
+// path. Connections to an address that is gone end, since the kernel sends nothing
+// from it; those that were on their way there are led anew. All others go on.
 func (f *Forwarder) Refresh() error {
 	if f.inbound == nil {
 		return nil
 	}
+	before := f.inbound.guests()
 	if err := f.inbound.refresh(); err != nil {
 		return err
 	}
@@ -232,5 +235,40 @@ func (f *Forwarder) Refresh() error {
 	for _, r := range rules {
 		r.setPath(f.paths.describe(r.rule))
 	}
+	after := f.inbound.guests()
+	f.tcp.endAt(func(server netip.Addr) bool {
+		return slices.Contains(before, server) && !slices.Contains(after, server)
+	})
 	return nil
+}
+
+// endAt ends what leads to an address that is gone.
+func (e *tcpEngine) endAt(gone func(netip.Addr) bool) {
+	e.mu.Lock()
+	relays := slices.Collect(maps.Keys(e.relays))
+	e.mu.Unlock()
+	for _, r := range relays {
+		if gone(r.flow.Server.Addr()) {
+			r.abort(endAddrGone)
+		}
+	}
+	for _, l := range e.splicer.loops {
+		l.do(func() { l.endAt(gone) })
+	}
+}
+
+func (l *spliceLoop) endAt(gone func(netip.Addr) bool) {
+	for _, w := range l.slots {
+		switch w := w.(type) {
+		case *splicedFlow:
+			if !w.dead && gone(w.flow.Server.Addr()) {
+				w.end(l, true, endAddrGone)
+			}
+		case *kernelConn:
+			if len(w.routes) > 0 && gone(w.routes[0].dst.Addr()) {
+				w.closeInner()
+				w.lead(l)
+			}
+		}
+	}
 }

@@ -1,10 +1,18 @@
 package forward
 
 import (
+	"io"
+	"net"
 	"net/netip"
+	"os"
+	"sync"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/gofwd/gofwd/netnsutil"
 )
 
 // A container on a bridge sees its clients' addresses, without a tap, over TCP and
@@ -96,4 +104,67 @@ func TestForwarderInboundOnlyTargetComes(t *testing.T) {
 	within(t, ns, func() { ip(t, "addr del "+later+"/24 dev eth0") })
 	require.NoError(t, f.Refresh())
 	require.Contains(t, f.Status().Rules[0].Reason, "not an address of the container")
+}
+
+// A container that loses an address loses the connections to it at once, and those
+// that were about to be made lead to what it has left.
+func TestForwarderInboundOnlyAddressGoes(t *testing.T) {
+	remote := newLAN(t)
+	ns := newNS(t)
+	const first, later = "10.89.0.2", "10.90.0.3"
+	within(t, ns, func() {
+		ip(t, "link set lo up")
+		ip(t, "link add eth0 type veth peer name eth1")
+		ip(t, "link set eth0 up")
+		ip(t, "addr add "+first+"/24 dev eth0")
+		ip(t, "route add default via 10.89.0.1")
+	})
+	silent := listenIn(t, ns)
+	accepted := make(chan net.Conn, 1)
+	var wg sync.WaitGroup
+	t.Cleanup(wg.Wait)
+	wg.Go(func() {
+		if c, err := silent.Accept(); err == nil {
+			accepted <- c
+		}
+	})
+	port := tellPeer(t, ns, ":0")
+	silentPort := silent.Addr().(*net.TCPAddr).AddrPort().Port()
+	f, _ := start(t, Config{NetNS: ns, InboundOnly: true, Rules: []Rule{
+		{Proto: TCP, Addr: netip.MustParseAddr(host4), Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}},
+		{Proto: TCP, Addr: netip.MustParseAddr(host4), Ports: PortRange{8081, 8081}, TargetPorts: PortRange{silentPort, silentPort}},
+	}})
+	var open, coming net.Conn
+	within(t, remote, func() { open = dialTest(t, "tcp", at(host4, 8081)) })
+	t.Cleanup(func() { (<-accepted).Close() })
+	require.Eventually(t, func() bool { return len(accepted) == 1 }, 5*time.Second, time.Millisecond)
+
+	within(t, ns, func() {
+		ip(t, "addr add "+later+"/24 dev eth0")
+		ip(t, "addr del "+first+"/24 dev eth0")
+	})
+	within(t, remote, func() { coming = dialTest(t, "tcp", at(host4, 8080)) })
+	coming.SetDeadline(time.Now().Add(100 * time.Millisecond))
+	_, err := coming.Read(make([]byte, 1))
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded, "nobody answers at an address that is gone")
+
+	require.NoError(t, f.Refresh())
+	coming.SetDeadline(time.Now().Add(5 * time.Second))
+	answer, err := io.ReadAll(coming)
+	require.NoError(t, err)
+	require.Equal(t, coming.LocalAddr().String(), netip.MustParseAddrPort(string(answer)).String())
+	open.SetDeadline(time.Now().Add(5 * time.Second))
+	_, err = open.Read(make([]byte, 1))
+	require.ErrorIs(t, err, syscall.ECONNRESET)
+}
+
+func listenIn(t *testing.T, ns *netnsutil.NS) (ln net.Listener) {
+	t.Helper()
+	within(t, ns, func() {
+		var err error
+		ln, err = net.Listen("tcp", ":0")
+		require.NoError(t, err)
+	})
+	t.Cleanup(func() { ln.Close() })
+	return ln
 }

@@ -43,6 +43,7 @@ const (
 	endShutdown = "shutdown"         // the forwarder was closed
 	endIdle     = "idle"             // for as long as the rule allows
 	endRemoved  = "forward removed"  // the rule is gone, its time to drain too
+	endAddrGone = "address gone"     // the container has lost the server's, see Refresh
 )
 
 // run relays until both directions have ended, and closes both ends.
