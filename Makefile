@@ -47,13 +47,13 @@ PODMAN_CONF    = $(DESTDIR)/etc/containers/containers.conf.d/gofwd.conf
 
 install-podman: ## make gofwd the helper of Podman, on top of make install
 	install -d $(DESTDIR)$(PODMAN_HELPERS) $(dir $(PODMAN_CONF))
-	for name in pasta rootlessport; do ln -sfn $(PREFIX)/bin/gofwd $(DESTDIR)$(PODMAN_HELPERS)/$$name; done
+	for name in pasta pesto rootlessport; do ln -sfn $(PREFIX)/bin/gofwd $(DESTDIR)$(PODMAN_HELPERS)/$$name; done
 	printf '[engine]\nhelper_binaries_dir = ["%s", "/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman", "/usr/lib/podman"]\n' \
 		$(PODMAN_HELPERS) > $(PODMAN_CONF)
 .PHONY: install-podman
 
 uninstall-podman:
-	rm -f $(PODMAN_CONF) $(DESTDIR)$(PODMAN_HELPERS)/pasta $(DESTDIR)$(PODMAN_HELPERS)/rootlessport
+	rm -f $(PODMAN_CONF) $(addprefix $(DESTDIR)$(PODMAN_HELPERS)/,pasta pesto rootlessport)
 	-rmdir $(DESTDIR)$(PODMAN_HELPERS)
 .PHONY: uninstall-podman
 

@@ -111,17 +111,19 @@ func (c *client) open(ctx context.Context, method, path string, in any) (io.Read
 		return resp.Body, nil
 	}
 	defer resp.Body.Close()
-	var failure struct {
-		Message string        `json:"message"`
-		Busy    *control.Busy `json:"busy"`
-	}
+	var failure control.Failure
 	if err := json.NewDecoder(resp.Body).Decode(&failure); err != nil || failure.Message == "" {
 		failure.Message = resp.Status
 	}
-	if b := failure.Busy; b != nil {
-		return nil, forward.NameHolder(&forward.Error{Op: b.Op, Rule: b.Rule, Err: unix.EADDRINUSE})
+	return nil, explain(failure)
+}
+
+// explain says about a failure what the instance could not: who has the port.
+func explain(f control.Failure) error {
+	if b := f.Busy; b != nil {
+		return forward.NameHolder(&forward.Error{Op: b.Op, Rule: b.Rule, Err: unix.EADDRINUSE})
 	}
-	return nil, errors.New(failure.Message)
+	return f
 }
 
 // do makes a request, and puts the answer into out unless that is nil.

@@ -51,13 +51,14 @@ type options struct {
 	logFormat string
 
 	// Of pasta alone.
-	userNS    string    // --userns
-	netNSOnly bool      // join no user namespace, and make none
-	pidNS     bool      // COMMAND gets a PID namespace
-	runAs     *identity // nil: who we are
-	stats     time.Duration
-	logTo     io.Writer // nil: standard error
-	noVerb    bool      // options follow the program's name at once
+	userNS      string    // --userns
+	netNSOnly   bool      // join no user namespace, and make none
+	pidNS       bool      // COMMAND gets a PID namespace
+	runAs       *identity // nil: who we are
+	stats       time.Duration
+	pestoSocket string    // --conf-path
+	logTo       io.Writer // nil: standard error
+	noVerb      bool      // options follow the program's name at once
 	// retryPorts is for how long busy ports are tried again.
 	retryPorts time.Duration
 

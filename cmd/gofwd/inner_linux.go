@@ -18,6 +18,7 @@ import (
 
 	"github.com/gofwd/gofwd/forward"
 	"github.com/gofwd/gofwd/forward/control"
+	"github.com/gofwd/gofwd/forward/control/pesto"
 	"github.com/gofwd/gofwd/netnsutil"
 )
 
@@ -34,7 +35,8 @@ type inner struct {
 	log     *slog.Logger
 	link    *os.File
 	control *net.UnixListener
-	capture io.Writer // nil without --pcap
+	pesto   *net.UnixListener // nil without --conf-path
+	capture io.Writer         // nil without --pcap
 	ns      *netnsutil.NS
 	sockets []forward.Socket // that systemd passed
 	own     chan os.Signal   // that this process got, if it is one of its own
@@ -45,11 +47,15 @@ type inner struct {
 	ended     chan error // of forwarder.Wait
 	server    *control.Server
 	stats     *statsPrinter // nil without
+	pestoServ *pesto.Server
 }
 
 // newInner takes over what outer passed to this process.
 func newInner(o *options) (*inner, error) {
 	want := []string{"link", "control"}
+	if o.pestoSocket != "" {
+		want = append(want, "pesto")
+	}
 	if o.pcap != "" {
 		want = append(want, "capture")
 	}
@@ -86,6 +92,12 @@ func newInner(o *options) (*inner, error) {
 		return nil, fmt.Errorf("take over control socket: %w", err)
 	}
 	files["control"].Close()
+	if f := files["pesto"]; f != nil {
+		if i.pesto, err = unixListener(f); err != nil {
+			return nil, fmt.Errorf("take over pesto's socket: %w", err)
+		}
+		f.Close()
+	}
 	if f := files["netns"]; f != nil {
 		if i.ns, err = netnsutil.FromFile(f, o.innerNetNS); err != nil {
 			return nil, err
@@ -144,6 +156,13 @@ func (i *inner) start(ctx context.Context) error {
 	i.server = control.NewServer(control.Config{Forwarder: f, Version: readVersion().Version, Reload: i.reloader(), Logger: i.log})
 	go i.serveControl()
 	i.stats = startStats(i.opts.stats, f)
+	if i.pesto != nil {
+		i.pestoServ = pesto.NewServer(pesto.Config{
+			Forwarder: f, NoTCP: cfg.NoTCP, NoUDP: cfg.NoUDP,
+			NoIPv4: cfg.Network.NoIPv4, NoIPv6: cfg.Network.NoIPv6, Logger: i.log,
+		})
+		go i.servePesto()
+	}
 	if !i.opts.quiet {
 		printChosen(os.Stdout, f.Status())
 	}
@@ -208,8 +227,17 @@ func (i *inner) serveControl() {
 	}
 }
 
+func (i *inner) servePesto() {
+	if err := i.pestoServ.Serve(i.pesto); !errors.Is(err, net.ErrClosed) {
+		i.log.Warn("pesto will not work", "err", err)
+	}
+}
+
 func (i *inner) close() error {
 	i.stats.close()
+	if i.pestoServ != nil {
+		i.pestoServ.Close()
+	}
 	i.server.Close()
 	return i.forwarder.Close()
 }

@@ -29,6 +29,8 @@ func dispatch(argv []string) int {
 		return executePasta(argv)
 	case "rootlessport":
 		return executeRootlessport(argv)
+	case "pesto":
+		return executePesto(argv)
 	default:
 		return execute(argv)
 	}

@@ -63,8 +63,8 @@ type message struct {
 }
 
 // firstInnerFD is the first descriptor that a spawned inner process takes over:
-// the link, the control socket, the capture if there is --pcap, and attach's
-// namespace, and the sockets that systemd passed.
+// the link, the control socket, pesto's if there is --conf-path, the capture if
+// there is --pcap, attach's namespace, and the sockets that systemd passed.
 const firstInnerFD = 3
 
 // forwardedSignals are passed to inner, and by it to COMMAND. The rest is left
@@ -81,6 +81,8 @@ type outer struct {
 
 	control  *net.UnixListener
 	socket   ownFile
+	pesto    *net.UnixListener // nil without --conf-path
+	pestoOwn ownFile
 	capture  *os.File         // nil without --pcap
 	pid      *pidFile         // nil without --pid-file
 	readyFD  *os.File         // nil without --ready-fd
@@ -129,6 +131,11 @@ func openOuter(o *options, argv []string, hint string) (_ *outer, err error) {
 			return nil, err
 		}
 	}
+	if o.pestoSocket != "" {
+		if u.pesto, u.pestoOwn, err = listenPesto(o.pestoSocket); err != nil {
+			return nil, err
+		}
+	}
 	if u.control, u.socket, err = listenControl(o.name, hint); err != nil {
 		return nil, err
 	}
@@ -146,6 +153,10 @@ func (u *outer) close() {
 		u.socket.remove()
 		u.control.Close()
 	}
+	if u.pesto != nil {
+		u.pestoOwn.remove()
+		u.pesto.Close()
+	}
 	if u.pid != nil {
 		u.pid.remove()
 	}
@@ -162,6 +173,9 @@ func (u *outer) close() {
 // namesIn returns the directories from which close removes files.
 func (u *outer) namesIn() []string {
 	dirs := []string{filepath.Dir(u.socket.path)}
+	if u.pesto != nil {
+		dirs = append(dirs, filepath.Dir(u.pestoOwn.path))
+	}
 	if u.pid != nil {
 		dirs = append(dirs, filepath.Dir(u.pid.own.path))
 	}
@@ -191,6 +205,15 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 	}
 	defer control.Close()
 	cfg.Files = []*os.File{os.Stdin, os.Stdout, os.Stderr, theirs, control}
+	if u.pesto != nil {
+		pesto, err := u.pesto.File()
+		if err != nil {
+			ours.Close()
+			return nil, fmt.Errorf("pass pesto's socket: %w", err)
+		}
+		defer pesto.Close()
+		cfg.Files = append(cfg.Files, pesto)
+	}
 	if u.capture != nil {
 		cfg.Files = append(cfg.Files, u.capture)
 	}
@@ -368,7 +391,7 @@ func (u *outer) serveHere(ctx context.Context, ns *netnsutil.NS) (*inside, error
 		return nil, err
 	}
 	in := &inside{link: ours, done: make(chan error, 1)}
-	i := &inner{opts: u.opts, log: u.log, link: theirs, control: u.control, ns: ns, sockets: u.sockets}
+	i := &inner{opts: u.opts, log: u.log, link: theirs, control: u.control, pesto: u.pesto, ns: ns, sockets: u.sockets}
 	if u.capture != nil {
 		i.capture = u.capture
 	}

@@ -42,6 +42,7 @@ func (p *pasta) options() []longOption {
 		{"log-size", 0, true, p.setLogSize},
 		{"pcap", 'p', true, word(&o.pcap)},
 		{"pid", 'P', true, word(&o.pidFile)},
+		{"conf-path", 'c', true, word(&o.pestoSocket)},
 		{"stats", 0, true, p.setStats},
 		{"runas", 0, true, p.setRunAs},
 		{"fd", 'F', true, nothing}, // of a virtual machine
@@ -115,7 +116,6 @@ func (p *pasta) refused() []longOption {
 		refuse("no-dhcp-dns", 0, false, vm),
 		refuse("no-dhcp-search", 0, false, vm),
 
-		refuse("conf-path", 'c', true, notDone),
 		refuse("mac-addr", 'M', true, notDone),
 		refuse("ns-mac-addr", 0, true, notDone),
 		refuse("dns", 'D', true, notDone),

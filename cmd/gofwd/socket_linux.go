@@ -133,18 +133,54 @@ func listenControl(name, hint string) (*net.UnixListener, ownFile, error) {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, ownFile{}, fmt.Errorf("remove stale control socket: %w", err)
 		}
-		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		l, own, err := listenUnix(path)
 		if err != nil {
-			return nil, ownFile{}, fmt.Errorf("make control socket: %w", err)
-		}
-		l.SetUnlinkOnClose(false)
-		own, err := newOwnFile(path)
-		if err = errors.Join(err, os.Chmod(path, 0o600)); err != nil {
-			l.Close()
 			return nil, ownFile{}, fmt.Errorf("make control socket: %w", err)
 		}
 		return l, own, nil
 	}
+}
+
+// listenPesto makes the socket on which pesto is served, at a path of the user's
+// choice. A stale one makes way, anything else does not. The caller removes it at
+// the end, with removeOwn.
+func listenPesto(path string) (_ *net.UnixListener, _ ownFile, err error) {
+	if path, err = filepath.Abs(path); err != nil {
+		return nil, ownFile{}, fmt.Errorf("make pesto's socket: %w", err)
+	}
+	lock, err := lockDir(filepath.Dir(path))
+	if err != nil {
+		return nil, ownFile{}, err
+	}
+	defer lock.Close()
+	if info, err := os.Lstat(path); err == nil && info.Mode().Type() == fs.ModeSocket {
+		if _, alive := socketHolder(path); alive {
+			return nil, ownFile{}, fmt.Errorf("make pesto's socket: %s is in use already", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, ownFile{}, fmt.Errorf("remove stale socket: %w", err)
+		}
+	}
+	l, own, err := listenUnix(path)
+	if err != nil {
+		return nil, ownFile{}, fmt.Errorf("make pesto's socket: %w", err)
+	}
+	return l, own, nil
+}
+
+// listenUnix makes a socket for its owner alone.
+func listenUnix(path string) (*net.UnixListener, ownFile, error) {
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		return nil, ownFile{}, err
+	}
+	l.SetUnlinkOnClose(false)
+	own, err := newOwnFile(path)
+	if err = errors.Join(err, os.Chmod(path, 0o600)); err != nil {
+		l.Close()
+		return nil, ownFile{}, err
+	}
+	return l, own, nil
 }
 
 // lockDir keeps others from taking a name in dir, or from removing one, until

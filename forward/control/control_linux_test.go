@@ -485,7 +485,7 @@ func TestOtherUser(t *testing.T) {
 	require.Equal(t, [2]uint32{uint32(os.Geteuid()), uint32(os.Geteuid())}, users)
 
 	s := NewServer(Config{})
-	go s.http.Serve(&listener{UnixListener: l, server: s, uids: [2]uint32{users[0] + 1, users[1] + 2}})
+	go s.http.Serve(&listener{&UserListener{l, [2]uint32{users[0] + 1, users[1] + 2}, s.log}, s})
 	t.Cleanup(func() { s.Close() })
 	c, err := net.Dial("unix", socket)
 	require.NoError(t, err)

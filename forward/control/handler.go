@@ -89,21 +89,30 @@ type Busy struct {
 	Rule forward.Rule `json:"rule"`
 }
 
-// writeError answers with an error, in RootlessKit's shape.
-func writeError(w http.ResponseWriter, err error) {
-	answer := struct {
-		Message string `json:"message"`
-		Busy    *Busy  `json:"busy,omitempty"`
-	}{Message: err.Error()}
+// Failure is an error as clients are told it, in RootlessKit's shape.
+type Failure struct {
+	// Message is the error, with a hint where there is one.
+	Message string `json:"message"`
+	// Busy, if not nil, says more about a port in use.
+	Busy *Busy `json:"busy,omitempty"`
+}
+
+// NewFailure returns what a client is told of err.
+func NewFailure(err error) Failure {
+	f := Failure{Message: err.Error()}
 	if hint := forward.Hint(err); hint != "" {
-		answer.Message += "; " + hint
+		f.Message += "; " + hint
 	}
 	var onRule *forward.Error
 	if errors.As(err, &onRule) && errors.Is(err, syscall.EADDRINUSE) {
-		answer.Busy = &Busy{onRule.Op, onRule.Rule}
+		f.Busy = &Busy{onRule.Op, onRule.Rule}
 	}
-	writeJSON(w, statusOf(err), answer)
+	return f
 }
+
+func (f Failure) Error() string { return f.Message }
+
+func writeError(w http.ResponseWriter, err error) { writeJSON(w, statusOf(err), NewFailure(err)) }
 
 func statusOf(err error) int {
 	var tooLong *http.MaxBytesError

@@ -75,12 +75,12 @@ func NewServer(cfg Config) *Server {
 // Serve answers clients of l, which it closes, until Close; then the error is
 // [http.ErrServerClosed].
 func (s *Server) Serve(l *net.UnixListener) error {
-	uids, err := usersOf(l)
+	users, err := NewUserListener(l, s.log)
 	if err != nil {
 		l.Close()
 		return fmt.Errorf("serve control socket: %w", err)
 	}
-	return s.http.Serve(&listener{UnixListener: l, server: s, uids: uids})
+	return s.http.Serve(&listener{users, s})
 }
 
 // Close closes the listeners and all connections, and ends all leases. It is
@@ -126,26 +126,61 @@ func peerUser(c syscall.Conn) (uint32, error) {
 	return cred.Uid, nil
 }
 
-// listener lets in clients of the right user.
-type listener struct {
+// UserListener accepts clients of the right user, and hangs up on others: our own
+// user, or the one who made the socket listen.
+type UserListener struct {
 	*net.UnixListener
-	server *Server
-	uids   [2]uint32
+	uids [2]uint32
+	log  *slog.Logger
 }
 
-func (l *listener) Accept() (net.Conn, error) {
+// NewUserListener returns l for clients of the right user. log is told of others;
+// nil discards that.
+func NewUserListener(l *net.UnixListener, log *slog.Logger) (*UserListener, error) {
+	uids, err := usersOf(l)
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &UserListener{l, uids, log}, err
+}
+
+// AcceptUnix waits for a client of the right user.
+func (l *UserListener) AcceptUnix() (*net.UnixConn, error) {
 	for {
-		c, err := l.AcceptUnix()
+		c, err := l.UnixListener.AcceptUnix()
 		if err != nil {
 			return nil, err
 		}
 		uid, err := peerUser(c)
 		if err == nil && (uid == l.uids[0] || uid == l.uids[1]) {
-			return l.server.enter(c), nil
+			return c, nil
 		}
-		l.server.log.Warn("a client of another user was turned away", "uid", uid, "err", err)
+		l.log.Warn("a client of another user was turned away", "uid", uid, "err", err)
 		c.Close()
 	}
+}
+
+// Accept is AcceptUnix.
+func (l *UserListener) Accept() (net.Conn, error) {
+	c, err := l.AcceptUnix()
+	if err != nil {
+		return nil, err // no typed nil
+	}
+	return c, nil
+}
+
+// listener makes its connections known to the server.
+type listener struct {
+	*UserListener
+	server *Server
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	c, err := l.AcceptUnix()
+	if err != nil {
+		return nil, err
+	}
+	return l.server.enter(c), nil
 }
 
 // conn is a client's connection, and the descriptors that came by it.
