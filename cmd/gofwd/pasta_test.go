@@ -42,6 +42,7 @@ func TestPastaOptions(t *testing.T) {
 		{"-q -d", func(t *testing.T, p *pasta) { require.False(t, p.o.quiet) }},
 		{"-f", func(t *testing.T, p *pasta) { require.False(t, p.o.detach) }},
 		{"-P /x/pid", func(t *testing.T, p *pasta) { require.Equal(t, "/x/pid", p.o.pidFile) }},
+		{"-c /x/sock", func(t *testing.T, p *pasta) { require.Equal(t, "/x/sock", p.o.pestoSocket) }},
 		{"-p cap", func(t *testing.T, p *pasta) { require.Equal(t, "cap", p.o.pcap) }},
 		{"-f --log-file " + inTempDir + " --log-size 50000", func(t *testing.T, p *pasta) {
 			require.Equal(t, int64(50000), p.logSize)

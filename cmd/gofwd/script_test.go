@@ -40,6 +40,8 @@ func (m inScripts) Run() int {
 // programs are what scripts find in $PATH besides the machine's own.
 var programs = map[string]func(){
 	"gofwd":        main,
+	"pasta":        main,
+	"pesto":        main,
 	"rootlessport": main,
 	"serve":        serveMain,
 	"fetch":        fetchMain,

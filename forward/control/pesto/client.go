@@ -43,7 +43,7 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 	defer stop()
 	if c.Tables, err = readTables(bufio.NewReader(conn)); err != nil {
 		conn.Close()
-		return nil, fmt.Errorf("read forwards from %s: %w", path, err)
+		return nil, fmt.Errorf("ask %s: %w", path, err)
 	}
 	return c, nil
 }
