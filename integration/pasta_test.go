@@ -195,7 +195,6 @@ var pastaCommands = []pastaCommand{
 
 // pastaRefused are options that gofwd does not do, and says so.
 var pastaRefused = []pastaCommand{
-	{options: "--conf-path", args: "-c DIR/socket"},
 	{options: "--mac-addr", args: "-M 9a:55:9a:55:9a:56"},
 	{options: "--ns-mac-addr", args: "--ns-mac-addr 9a:55:9a:55:9a:57"},
 	{options: "--dns", args: "-D 192.0.2.53"},

@@ -56,6 +56,7 @@ var pastaDaemons = []pastaDaemon{
 	{"--host-lo-to-ns-lo", "leads to the container's loopback", pastaLoopback},
 	{"--no-splice", "takes the tap", pastaNoSplice},
 	{"--splice-only", "publishes to the loopback alone", pastaSpliceOnly},
+	{"--conf-path", "serves pesto", pastaPesto},
 	{"", "exits with 1 when a port is busy", pastaBusy},
 }
 

@@ -11,8 +11,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -185,22 +183,7 @@ func TestChangesRefuseNobody(t *testing.T) {
 	g := tp.attach(t, "-p", "8080:80")
 	socket := g.controlSocket(t, tp.host)
 	tp.ctr.serveWho(t, 80, ipv4.any)
-	var stop atomic.Bool
-	var good, refused atomic.Int64
-	var wg sync.WaitGroup
-	for range 4 {
-		wg.Go(func() {
-			for !stop.Load() {
-				c, err := tp.client.tryTCP(netip.Addr{}, netip.AddrPortFrom(ipv4.host, 8080), patience)
-				if err != nil {
-					refused.Add(1)
-					continue
-				}
-				good.Add(1)
-				c.Close()
-			}
-		})
-	}
+	count := tp.connectLoops(netip.AddrPortFrom(ipv4.host, 8080))
 	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}}
@@ -216,11 +199,10 @@ func TestChangesRefuseNobody(t *testing.T) {
 		require.Equal(t, http.StatusOK, resp.StatusCode)
 		time.Sleep(time.Until(begin.Add(time.Duration(i+1) * 15 * time.Millisecond)))
 	}
-	stop.Store(true)
-	wg.Wait()
-	t.Logf("100 changes in %s: %d connections, %d refused", time.Since(begin).Round(time.Millisecond), good.Load(), refused.Load())
-	require.Zero(t, refused.Load())
-	require.Greater(t, good.Load(), int64(200))
+	good, refused := count()
+	t.Logf("100 changes in %s: %d connections, %d refused", time.Since(begin).Round(time.Millisecond), good, refused)
+	require.Zero(t, refused)
+	require.Greater(t, good, int64(200))
 }
 
 // TestProxyV2: nginx reads the client's address from the PROXY protocol, also where
