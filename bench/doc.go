@@ -47,6 +47,7 @@
 //   - Start: from exec to the first byte that is answered through the tool,
 //     by connecting again every half millisecond. RootlessKit makes its
 //     container itself, so that its start includes that, and the server's.
+//   - Ports: the same, until the last of 2,000 published ports is answered.
 //
 // The clients have the first half of the processors, the servers the other half,
 // and the tools may use all of them. With two processors that is one for

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"time"
 
@@ -22,6 +23,7 @@ const (
 	portGRO   = 5204 // UDP, the server takes bundles
 	portSpare = 5205 // not published: a tool adds it at run time
 	portQUIC  = 5206
+	portMany  = 20001 // and the following ones, as many as the bed says
 
 	portOutIperf = 5211
 	portOutLoad  = 5212 // TCP and UDP
@@ -42,6 +44,25 @@ type bed struct {
 	sysctls []sysctl
 	// container is set in the container only.
 	container []sysctl
+	// ports is how many TCP ports are published from portMany on.
+	ports int
+}
+
+// tcpPorts are the TCP ports that a tool publishes when it starts.
+func (b bed) tcpPorts() []int {
+	ports := slices.Clone(publishedTCP)
+	for i := range b.ports {
+		ports = append(ports, portMany+i)
+	}
+	return ports
+}
+
+// lastPort is the last of tcpPorts with a server behind it.
+func (b bed) lastPort() int {
+	if b.ports == 0 {
+		return portLoad
+	}
+	return portMany + b.ports - 1
 }
 
 // site is a client host, this host and a container with one tool between them.
@@ -123,7 +144,11 @@ func (s *site) setContainer(ctx context.Context, n *namespace) error {
 	if err := n.setSysctls(append(s.bed.sysctls, s.bed.container...)); err != nil {
 		return err
 	}
-	return s.serve(ctx, n, append(loadServers([]int{portLoad, portSpare}, []int{portLoad}, []int{portGRO}), quicServer))
+	tcp := []int{portLoad, portSpare}
+	if last := s.bed.lastPort(); last != portLoad {
+		tcp = append(tcp, last)
+	}
+	return s.serve(ctx, n, append(loadServers(tcp, []int{portLoad}, []int{portGRO}), quicServer))
 }
 
 // quicServer is the argument of [serve] for QUIC.
@@ -172,6 +197,9 @@ func (s *site) startHelper(n *namespace, env []string, extra []*os.File, argv ..
 // awaitReady connects from the client until the container's server answers.
 func (s *site) awaitReady(ctx context.Context) error {
 	err := s.awaitAnswer(ctx, portLoad)
+	if last := s.bed.lastPort(); err == nil && last != portLoad {
+		err = s.awaitAnswer(ctx, last)
+	}
 	if !s.began.IsZero() {
 		s.ready = time.Since(s.began)
 	}

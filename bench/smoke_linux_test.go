@@ -52,7 +52,7 @@ func TestToolsAreMeasured(t *testing.T) {
 		kernelRow = "TCP/way=remote/load=upload/ip=4/streams=1/cc=reno"
 	)
 	result := smoke(t, "-tools", strings.Join([]string{toolKernel, toolTap, toolFdbased}, ","),
-		"-only", strings.Join([]string{"Start", "Idle/conns=1000", "UDP/size=64", tcpRow, kernelRow}, ","))
+		"-only", strings.Join([]string{"Start", "Ports/count=2000", "Idle/conns=1000", "UDP/size=64", tcpRow, kernelRow}, ","))
 	for _, tool := range []string{toolKernel, toolTap} {
 		for _, ip := range []int{4, 6} {
 			for _, proto := range []string{"tcp", "udp"} {

@@ -43,7 +43,7 @@ func (g gofwd) start(ctx context.Context, s *site) error {
 	if g.mtu != 0 {
 		argv = append(argv, "--mtu", strconv.Itoa(g.mtu))
 	}
-	for _, p := range publishedTCP {
+	for _, p := range s.bed.tcpPorts() {
 		argv = append(argv, "-p", fmt.Sprintf("%d:%d", p, p))
 	}
 	for _, p := range publishedUDP {

@@ -39,7 +39,7 @@ func (p pasta) start(ctx context.Context, s *site) error {
 	}
 	argv := []string{
 		path, "--foreground", "--quiet", "--config-net", "--netns", s.container.path,
-		"-t", ports(publishedTCP), "-u", ports(publishedUDP), "-T", ports(outTCP), "-U", ports(outUDP),
+		"-t", ports(s.bed.tcpPorts()), "-u", ports(publishedUDP), "-T", ports(outTCP), "-U", ports(outUDP),
 		"--conf-path", p.socket(s),
 	}
 	if p.mtu != 0 {
@@ -64,11 +64,23 @@ func (p pasta) addPort(ctx context.Context, s *site, port int) error {
 	return nil
 }
 
-// ports writes ports as pasta's -t does, and gofwd's.
+// ports writes ports as pasta's -t does, and gofwd's: each by itself, but a row
+// of many as a range: pasta takes no more than 255 rules.
 func ports(numbers []int) string {
-	texts := make([]string, len(numbers))
-	for i, n := range numbers {
-		texts[i] = strconv.Itoa(n)
+	var texts []string
+	for len(numbers) > 0 {
+		n := 1
+		for n < len(numbers) && numbers[n] == numbers[0]+n {
+			n++
+		}
+		if n < 10 {
+			n = 1
+		}
+		text := strconv.Itoa(numbers[0])
+		if n > 1 {
+			text += "-" + strconv.Itoa(numbers[n-1])
+		}
+		texts, numbers = append(texts, text), numbers[n:]
 	}
 	return strings.Join(texts, ",")
 }

@@ -54,7 +54,7 @@ func (r rootlesskit) start(ctx context.Context, s *site) error {
 		"--disable-host-loopback", "--port-driver=builtin",
 		"--source-ip-transparent=" + strconv.FormatBool(r.source),
 	}
-	for _, p := range publishedTCP {
+	for _, p := range s.bed.tcpPorts() {
 		argv = append(argv, "-p", fmt.Sprintf("0.0.0.0:%d:%d/tcp4", p, p), "-p", fmt.Sprintf("[::]:%d:%d/tcp6", p, p))
 	}
 	for _, p := range publishedUDP {

@@ -42,7 +42,7 @@ func (t slirp4netns) start(ctx context.Context, s *site) error {
 	if err != nil {
 		return err
 	}
-	for _, p := range publishedTCP {
+	for _, p := range s.bed.tcpPorts() {
 		if err := t.addForward(ctx, s, "tcp", p); err != nil {
 			return err
 		}

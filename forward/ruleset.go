@@ -140,6 +140,8 @@ type plan struct {
 	// join those that share them with another one, which stays or enters
 	// before it.
 	takeover, join map[*activeRule]*activeRule
+	// roomMade says that sockets were bound beside those of leave.
+	roomMade bool
 }
 
 func (s *ruleSet) change(c Change) (Changed, error) {
@@ -291,7 +293,7 @@ func (s *ruleSet) bind(p *plan, sockets []Socket) error {
 		for _, old := range p.leave {
 			if Overlaps(r, old.rule) {
 				s.setReusePort(old, true)
-				made = true
+				made, p.roomMade = true, true
 			}
 		}
 		return made || s.groupRoom(r)
@@ -364,8 +366,9 @@ func (s *ruleSet) commit(p *plan, drain time.Duration) {
 	s.generation++
 	s.mu.Unlock()
 	for _, r := range p.leave {
-		s.tcp.unlisten(r)
-		if s.udp != nil {
+		if r.rule.Proto == TCP {
+			s.tcp.unlisten(r)
+		} else {
 			s.udp.unlisten(r)
 		}
 		s.log.Debug("forward removed", "id", r.id, "rule", r.rule)
@@ -373,7 +376,9 @@ func (s *ruleSet) commit(p *plan, drain time.Duration) {
 		s.drain(r, drain)
 	}
 	for _, r := range p.enter {
-		s.setReusePort(r, false)
+		if p.roomMade {
+			s.setReusePort(r, false)
+		}
 		s.log.Debug("forward added", "id", r.id, "rule", r.rule)
 		s.events.forward(ForwardAdded, r)
 		for _, failed := range r.failures() {

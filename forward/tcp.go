@@ -42,6 +42,7 @@ type tcpEngine struct {
 	mu        sync.Mutex // guards the following fields
 	closed    bool
 	listeners map[*tcpListener]struct{}
+	ofRule    map[*activeRule][]*tcpListener // one with Share may be of several
 	relays    map[*relay]struct{}
 }
 
@@ -49,7 +50,7 @@ type tcpEngine struct {
 func newTCPEngine(p *paths, dns *nameservers, s *splicer, g *egress, log *slog.Logger) *tcpEngine {
 	e := &tcpEngine{
 		paths: p, dns: dns, dialHost: g.dialTCP, egress: g, splicer: s, log: log, events: new(eventHub),
-		listeners: make(map[*tcpListener]struct{}), relays: make(map[*relay]struct{}),
+		listeners: make(map[*tcpListener]struct{}), ofRule: make(map[*activeRule][]*tcpListener), relays: make(map[*relay]struct{}),
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	return e
@@ -87,6 +88,7 @@ func (e *tcpEngine) listen(ln streamListener, rule *activeRule, port uint16) {
 		return
 	}
 	e.listeners[l] = struct{}{}
+	e.ofRule[rule] = append(e.ofRule[rule], l)
 	if tcp, ok := ln.(*net.TCPListener); ok && rule.rule.Dir == In && e.paths.kernel != nil {
 		if a, err := newAcceptor(e, tcp, &l.to); err == nil {
 			l.tcpSocket = a
@@ -101,10 +103,8 @@ func (e *tcpEngine) listen(ln streamListener, rule *activeRule, port uint16) {
 func (e *tcpEngine) listenersOf(rule *activeRule, fn func(*tcpListener)) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for l := range e.listeners {
-		if l.to.Load().of(rule) != nil {
-			fn(l)
-		}
+	for _, l := range e.ofRule[rule] {
+		fn(l)
 	}
 }
 
@@ -112,22 +112,29 @@ func (e *tcpEngine) listenersOf(rule *activeRule, fn func(*tcpListener)) {
 // same ports: clients notice nothing, not even those in the backlog.
 func (e *tcpEngine) retarget(from, to *activeRule) {
 	shift := to.rule.TargetPorts.First - from.rule.TargetPorts.First
-	e.listenersOf(from, func(l *tcpListener) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.ofRule[to] = e.ofRule[from]
+	delete(e.ofRule, from)
+	for _, l := range e.ofRule[to] {
 		old := l.to.Load()
 		next := &tcpTarget{rule: to, port: old.of(from).port + shift}
 		l.to.Store(leadTo(append(old.without(from), next)...))
-	})
+	}
 }
 
 // join makes the listeners of one rule also those of another that listens on the
 // same ports.
 func (e *tcpEngine) join(with, rule *activeRule) {
 	shift := rule.rule.TargetPorts.First - with.rule.TargetPorts.First
-	e.listenersOf(with, func(l *tcpListener) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.ofRule[rule] = slices.Clone(e.ofRule[with])
+	for _, l := range e.ofRule[rule] {
 		old := l.to.Load()
 		next := &tcpTarget{rule: rule, port: old.of(with).port + shift}
 		l.to.Store(leadTo(append(slices.Clone(old.list), next)...))
-	})
+	}
 }
 
 // unlisten closes the listeners of rule, but those that it shares; its connections
@@ -144,18 +151,22 @@ func (e *tcpEngine) unlistenPort(rule *activeRule, port uint16) {
 // closeListeners closes those listeners of rule that are chosen. To close one is
 // to wait for its accept loop, which must not keep others waiting.
 func (e *tcpEngine) closeListeners(rule *activeRule, chosen func(*tcpListener) bool) {
-	var listeners []*tcpListener
-	e.listenersOf(rule, func(l *tcpListener) {
+	var listeners, stay []*tcpListener
+	e.mu.Lock()
+	for _, l := range e.ofRule[rule] {
 		if !chosen(l) {
-			return
-		}
-		if others := l.to.Load().without(rule); len(others) > 0 {
+			stay = append(stay, l)
+		} else if others := l.to.Load().without(rule); len(others) > 0 {
 			l.to.Store(leadTo(others...))
-			return
+		} else {
+			delete(e.listeners, l)
+			listeners = append(listeners, l)
 		}
-		delete(e.listeners, l)
-		listeners = append(listeners, l)
-	})
+	}
+	if e.ofRule[rule] = stay; stay == nil {
+		delete(e.ofRule, rule)
+	}
+	e.mu.Unlock()
 	closeListeners(listeners)
 }
 
@@ -351,6 +362,7 @@ func (e *tcpEngine) close() {
 	e.closed = true
 	listeners, relays := e.listeners, e.relays
 	e.listeners, e.relays = nil, nil
+	clear(e.ofRule)
 	e.mu.Unlock()
 	e.cancel()
 	closeListeners(slices.Collect(maps.Keys(listeners)))
