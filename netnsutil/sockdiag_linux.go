@@ -77,9 +77,65 @@ func (d *SockDiag) AppendListeners(list []Listener) ([]Listener, error) {
 // States of sockets, linux/tcp_states.h. UDP has two: a connected socket is
 // established, any other closed.
 const (
-	tcpClose  = 7
-	tcpListen = 10
+	tcpSynSent = 2
+	tcpClose   = 7
+	tcpListen  = 10
 )
+
+// Connecting reports whether a TCP socket in the namespace is in connect(2): from
+// local to remote, through the interface with that index. It asks for the one
+// socket, which takes no longer where there are many.
+func (d *SockDiag) Connecting(ifindex int, local, remote netip.AddrPort) (bool, error) {
+	// The kernel's own lookup, which knows an IPv6 socket with IPv4 addresses
+	// by those (inet_diag_find_one_icsk in net/ipv4/inet_diag.c). If there is no
+	// such socket, it is a listener that is found.
+	id := inetDiagSockID{iface: uint32(ifindex), cookie: [2]uint32{^uint32(0), ^uint32(0)}} // INET_DIAG_NOCOOKIE
+	binary.BigEndian.PutUint16(id.sport[:], local.Port())
+	binary.BigEndian.PutUint16(id.dport[:], remote.Port())
+	copy(id.src[:], local.Addr().AsSlice())
+	copy(id.dst[:], remote.Addr().AsSlice())
+	family := uint8(unix.AF_INET6)
+	if local.Addr().Is4() {
+		family = unix.AF_INET
+	}
+	state, err := d.stateOf(family, id)
+	if errors.Is(err, unix.ENOENT) { // no socket
+		return false, nil
+	} else if err != nil {
+		return false, fmt.Errorf("look for a socket: %w", err)
+	}
+	return state == tcpSynSent, nil
+}
+
+// stateOf returns the state of the TCP socket with an ID.
+func (d *SockDiag) stateOf(family uint8, id inetDiagSockID) (state uint8, err error) {
+	if err := d.ask(unix.NLM_F_REQUEST, inetDiagReq{family: family, protocol: unix.IPPROTO_TCP, states: ^uint32(0), id: id}); err != nil {
+		return 0, err
+	}
+	for {
+		n, err := d.read()
+		if err != nil {
+			return 0, err
+		}
+		if state, ok, err := parseState(d.buf[:n], d.req.Seq); ok || err != nil {
+			return state, err
+		}
+	}
+}
+
+// parseState parses the answer in b to request seq, and is not ok if it is none.
+func parseState(b []byte, seq uint32) (state uint8, ok bool, err error) {
+	kind, msg, _, ours, err := nextMessage(b, seq)
+	switch {
+	case err != nil || !ours:
+		return 0, false, err
+	case kind == unix.NLMSG_ERROR:
+		return 0, false, parseErrno(msg)
+	case kind != unix.SOCK_DIAG_BY_FAMILY || len(msg) < 2:
+		return 0, false, errDiagMessage
+	}
+	return msg[1], true, nil
+}
 
 // inetDiagReq is struct inet_diag_req_v2 of linux/inet_diag.h, behind its header.
 type inetDiagReq struct {
@@ -114,26 +170,38 @@ const (
 
 // dump appends the sockets of one protocol and family that are in states.
 func (d *SockDiag) dump(list []Listener, proto, family uint8, states uint32) ([]Listener, error) {
-	d.req = inetDiagReq{
-		NlMsghdr: unix.NlMsghdr{
-			Len:  uint32(unsafe.Sizeof(d.req)),
-			Type: unix.SOCK_DIAG_BY_FAMILY, Flags: unix.NLM_F_REQUEST | unix.NLM_F_DUMP, Seq: d.req.Seq + 1,
-		},
-		family: family, protocol: proto, states: states,
-	}
-	if _, err := unix.Write(d.fd, unsafe.Slice((*byte)(unsafe.Pointer(&d.req)), d.req.Len)); err != nil {
-		return list, os.NewSyscallError("write", err)
+	if err := d.ask(unix.NLM_F_REQUEST|unix.NLM_F_DUMP, inetDiagReq{family: family, protocol: proto, states: states}); err != nil {
+		return list, err
 	}
 	for {
-		n, err := unix.Read(d.fd, d.buf)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		} else if err != nil {
-			return list, os.NewSyscallError("read", err)
+		n, err := d.read()
+		if err != nil {
+			return list, err
 		}
 		var done bool
 		if list, done, err = parseListeners(list, d.buf[:n], d.req.Seq, proto == unix.IPPROTO_UDP); done || err != nil {
 			return list, err
+		}
+	}
+}
+
+// ask sends a request, whose header it fills in.
+func (d *SockDiag) ask(flags uint16, req inetDiagReq) error {
+	req.NlMsghdr = unix.NlMsghdr{
+		Len:  uint32(unsafe.Sizeof(req)),
+		Type: unix.SOCK_DIAG_BY_FAMILY, Flags: flags, Seq: d.req.Seq + 1,
+	}
+	d.req = req
+	_, err := unix.Write(d.fd, unsafe.Slice((*byte)(unsafe.Pointer(&d.req)), d.req.Len))
+	return os.NewSyscallError("write", err)
+}
+
+// read reads into d.buf.
+func (d *SockDiag) read() (int, error) {
+	for {
+		n, err := unix.Read(d.fd, d.buf)
+		if !errors.Is(err, unix.EINTR) {
+			return n, os.NewSyscallError("read", err)
 		}
 	}
 }
@@ -144,25 +212,17 @@ var errDiagMessage = errors.New("malformed message from the kernel")
 // whether the answer is complete.
 func parseListeners(list []Listener, b []byte, seq uint32, udp bool) (_ []Listener, done bool, err error) {
 	for len(b) > 0 {
-		if len(b) < unix.SizeofNlMsghdr {
-			return list, true, errDiagMessage
+		kind, msg, rest, ours, err := nextMessage(b, seq)
+		if err != nil {
+			return list, true, err
 		}
-		size, kind := int(binary.NativeEndian.Uint32(b)), binary.NativeEndian.Uint16(b[4:])
-		if size < unix.SizeofNlMsghdr || size > len(b) {
-			return list, true, errDiagMessage
-		}
-		msg := b[unix.SizeofNlMsghdr:size]
-		ours := binary.NativeEndian.Uint32(b[8:]) == seq
-		b = b[min((size+3)&^3, len(b)):]
+		b = rest
 		switch {
 		case !ours: // the rest of a dump that was given up
 		case kind == unix.NLMSG_DONE:
 			return list, true, nil
 		case kind == unix.NLMSG_ERROR:
-			if len(msg) < 4 {
-				return list, true, errDiagMessage
-			}
-			return list, true, unix.Errno(-int32(binary.NativeEndian.Uint32(msg)))
+			return list, true, parseErrno(msg)
 		case kind == unix.SOCK_DIAG_BY_FAMILY:
 			l, ok := parseListener(msg)
 			if !ok {
@@ -175,6 +235,28 @@ func parseListeners(list []Listener, b []byte, seq uint32, udp bool) (_ []Listen
 		}
 	}
 	return list, false, nil
+}
+
+// nextMessage returns the payload of the first message in b, whether it answers
+// request seq, and what follows it.
+func nextMessage(b []byte, seq uint32) (kind uint16, msg, rest []byte, ours bool, err error) {
+	if len(b) < unix.SizeofNlMsghdr {
+		return 0, nil, nil, false, errDiagMessage
+	}
+	size := int(binary.NativeEndian.Uint32(b))
+	if size < unix.SizeofNlMsghdr || size > len(b) {
+		return 0, nil, nil, false, errDiagMessage
+	}
+	kind, ours = binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint32(b[8:]) == seq
+	return kind, b[unix.SizeofNlMsghdr:size], b[min((size+3)&^3, len(b)):], ours, nil
+}
+
+// parseErrno parses a struct nlmsgerr.
+func parseErrno(msg []byte) error {
+	if len(msg) < 4 {
+		return errDiagMessage
+	}
+	return unix.Errno(-int32(binary.NativeEndian.Uint32(msg)))
 }
 
 // parseListener parses one struct inet_diag_msg with its attributes.

@@ -104,6 +104,69 @@ func TestSockDiag(t *testing.T) {
 	require.Empty(t, listeners(t, d))
 }
 
+// Kernel: one socket can be asked for by its two ends, however it is bound; an
+// IPv6 socket with IPv4 addresses by those.
+func TestSockDiagConnecting(t *testing.T) {
+	ns := nstest.New(t)
+	nstest.Veth(t, nstest.New(t), "p0", ns, "eth0 192.0.2.1/24 2001:db8::1/64")
+	d := openSockDiag(t, ns)
+	for _, c := range []struct {
+		name, local, remote string
+		family              int
+		device              bool
+	}{
+		{"IPv4", "192.0.2.1:4000", "192.0.2.9:80", unix.AF_INET, false},
+		{"IPv4, bound to a device", "192.0.2.1:4001", "192.0.2.9:80", unix.AF_INET, true},
+		{"IPv6", "[2001:db8::1]:4000", "[2001:db8::9]:80", unix.AF_INET6, false},
+		{"IPv6, bound to a device", "[2001:db8::1]:4001", "[2001:db8::9]:80", unix.AF_INET6, true},
+		{"IPv6 for IPv4", "192.0.2.1:4002", "192.0.2.9:80", unix.AF_INET6, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			local, remote := netip.MustParseAddrPort(c.local), netip.MustParseAddrPort(c.remote)
+			ifindex := 0
+			connecting := func() bool {
+				yes, err := d.Connecting(ifindex, local, remote)
+				require.NoError(t, err)
+				return yes
+			}
+			fd := -1
+			nstest.Do(t, ns, func() {
+				ifi, err := net.InterfaceByName("eth0")
+				require.NoError(t, err)
+				ifindex = ifi.Index
+				fd, err = unix.Socket(c.family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+				require.NoError(t, err)
+				if c.device {
+					require.NoError(t, unix.BindToDevice(fd, "eth0"))
+				}
+			})
+			sockaddr := func(a netip.AddrPort) unix.Sockaddr {
+				if c.family == unix.AF_INET {
+					return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
+				}
+				return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
+			}
+			require.NoError(t, unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1))
+			require.NoError(t, unix.Bind(fd, sockaddr(local)))
+			require.False(t, connecting())
+			require.ErrorIs(t, unix.Connect(fd, sockaddr(remote)), unix.EINPROGRESS)
+			require.True(t, connecting())
+			unix.Close(fd)
+			require.False(t, connecting())
+		})
+	}
+
+	// A listener on the port is not such a socket.
+	nstest.Do(t, ns, func() {
+		l, err := net.Listen("tcp4", "192.0.2.1:4000")
+		require.NoError(t, err)
+		t.Cleanup(func() { l.Close() })
+	})
+	yes, err := d.Connecting(0, netip.MustParseAddrPort("192.0.2.1:4000"), netip.MustParseAddrPort("192.0.2.9:80"))
+	require.NoError(t, err)
+	require.False(t, yes)
+}
+
 // The answer comes in many messages when there are many sockets, and buffers are
 // used again.
 func TestSockDiagMany(t *testing.T) {
@@ -151,6 +214,17 @@ func BenchmarkSockDiag(b *testing.B) {
 	for b.Loop() {
 		var err error
 		if list, err = d.AppendListeners(list[:0]); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkSockDiagConnecting(b *testing.B) {
+	d := openSockDiag(b, nstest.New(b))
+	local, remote := netip.MustParseAddrPort("192.0.2.1:4000"), netip.MustParseAddrPort("192.0.2.9:80")
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := d.Connecting(0, local, remote); err != nil {
 			b.Fatal(err)
 		}
 	}

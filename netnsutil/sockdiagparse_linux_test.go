@@ -66,10 +66,38 @@ func TestParseListeners(t *testing.T) {
 	require.Equal(t, []Listener{{UDP: true, Addr: netip.MustParseAddrPort("[2001:db8::1]:80"), V6Only: true}}, list)
 }
 
+func TestParseState(t *testing.T) {
+	noent := make([]byte, 20)
+	binary.NativeEndian.PutUint32(noent, ^uint32(unix.ENOENT)+1) // -ENOENT
+	state, ok, err := parseState(nlmsg(unix.SOCK_DIAG_BY_FAMILY, 7, diagMsg()), 7)
+	require.NoError(t, err)
+	require.True(t, ok)
+	require.Zero(t, state)
+	for name, tt := range map[string]struct {
+		in  []byte
+		err error
+	}{
+		"stale":         {nlmsg(unix.SOCK_DIAG_BY_FAMILY, 6, diagMsg()), nil},
+		"error":         {nlmsg(unix.NLMSG_ERROR, 7, noent), unix.ENOENT},
+		"short error":   {nlmsg(unix.NLMSG_ERROR, 7), errDiagMessage},
+		"another kind":  {nlmsg(unix.NLMSG_DONE, 7, diagMsg()), errDiagMessage},
+		"short":         {nlmsg(unix.SOCK_DIAG_BY_FAMILY, 7), errDiagMessage},
+		"no header":     {nil, errDiagMessage},
+		"length of one": {nlmsg(unix.NLMSG_ERROR, 7, noent)[:20], errDiagMessage},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, ok, err := parseState(tt.in, 7)
+			require.Equal(t, tt.err, err)
+			require.False(t, ok)
+		})
+	}
+}
+
 func FuzzParseListeners(f *testing.F) {
 	f.Add(nlmsg(unix.SOCK_DIAG_BY_FAMILY, 1, diagMsg(), []byte{5, 0, inetDiagV6Only, 0, 1, 0, 0, 0}))
 	f.Add(append(nlmsg(unix.SOCK_DIAG_BY_FAMILY, 1, diagMsg()), nlmsg(unix.NLMSG_DONE, 1)...))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		_, _, _ = parseState(b, 1)
 		list, _, _ := parseListeners(nil, b, 1, false)
 		require.LessOrEqual(t, len(list)*(unix.SizeofNlMsghdr+72), len(b)+3)
 	})
