@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -83,6 +84,8 @@ type Config struct {
 	// Logger takes what an operator must know, and at debug level every
 	// connection; nil discards it.
 	Logger *slog.Logger
+
+	noHold bool // for tests: as if there were no nf_tables
 }
 
 // Network is how the namespace is numbered, and what its special addresses mean.
@@ -333,7 +336,7 @@ func (f *Forwarder) openKernel() error {
 	}
 	switch {
 	case err == nil:
-		f.paths.kernel = f.kernel.dialer
+		f.paths.kernel, f.paths.listener = f.kernel.dialer, f.kernel.listener
 	case f.cfg.Datapath == Kernel:
 		return err
 	default:
@@ -347,7 +350,20 @@ func (f *Forwarder) holdSYNs() (err error) {
 	if f.kernel == nil {
 		return nil
 	}
-	f.tcp.held, err = newHeldSYNs(f.tcp, f.cfg.NetNS, f.kernel.KernelPath, f.plan.link.Name)
+	err = f.cfg.NetNS.Do(func() error {
+		tap, err := net.InterfaceByName(f.plan.link.Name)
+		if err == nil {
+			f.kernel.tap = tap.Index
+		}
+		return err
+	})
+	if err == nil && f.cfg.noHold {
+		err = errors.New("left out for a test")
+	}
+	if err == nil {
+		f.tcp.fromKernel = f.kernel.connecting
+		f.tcp.held, err = newHeldSYNs(f.tcp, f.cfg.NetNS, f.kernel.KernelPath, f.plan.link.Name)
+	}
 	if err == nil {
 		return nil
 	}
@@ -357,7 +373,7 @@ func (f *Forwarder) holdSYNs() (err error) {
 	f.notes = append(f.notes, "connections that the container begins take the tap path: "+err.Error())
 	// Without the rules that divert them, the replies of a server that sets a
 	// mark of its own leave by the default route.
-	f.paths.markOf = f.kernel.markOf
+	f.paths.marksLost = true
 	return nil
 }
 
@@ -455,7 +471,7 @@ func (f *Forwarder) shutdown() {
 		f.stopCapture() // after the last frame
 	}
 	if f.inbound != nil {
-		if err := f.inbound.path.Close(); err != nil {
+		if err := f.inbound.path.close(); err != nil {
 			f.log.Warn("the namespace is not as it was", "err", err)
 		}
 	}
@@ -551,6 +567,10 @@ func (f *Forwarder) Status() Status {
 	}
 	if f.groups != nil {
 		s.Groups = f.groups.status()
+	}
+	if n := f.tcp.guestSYNs.Load(); n > 0 {
+		s.Notes = append(s.Notes, fmt.Sprintf("%d connections were not begun by the namespace's kernel, "+
+			"but by a guest in it or behind it: they took the tap path", n))
 	}
 	if f.ping != nil {
 		if note := f.ping.note(); note != "" {

@@ -25,7 +25,7 @@ import (
 // inboundNS is such a namespace.
 type inboundNS struct {
 	ns    *netnsutil.NS
-	path  *netnsutil.KernelPath
+	path  *kernelPath
 	local localDialer
 	addrs atomic.Pointer[[]netip.Addr] // the namespace's own, without loopback and link-local ones
 	udp   *udpEngine                   // nil without UDP; set before the first client
@@ -39,13 +39,13 @@ func openInboundNS(ns *netnsutil.NS) (*inboundNS, error) {
 	if err := ns.Configure(netnsutil.Link{}); err != nil { // loopback, which all of it goes over
 		return nil, err
 	}
-	path, err := ns.OpenKernelPath()
+	path, err := openKernelPath(ns)
 	if err != nil {
 		return nil, err
 	}
 	in := &inboundNS{ns: ns, path: path, local: localDialer{ns}, clients: make(map[netip.Addr]int), ports: make(map[uint16]bool)}
 	if err := in.refresh(); err != nil {
-		path.Close()
+		path.close()
 		return nil, err
 	}
 	return in, nil
@@ -199,8 +199,11 @@ func (f *Forwarder) startInbound() error {
 		mainAddr:           netnsutil.MainAddr, nameserver: dns.next,
 	}
 	f.plan = &networkPlan{link: netnsutil.Link{Addrs: prefixes}, addrs: *addrs}
-	kernel := nsDialer{ns: f.cfg.NetNS, mark: in.path.Mark()}
-	f.paths = &paths{addrs: addrs, kernel: kernel, local: in.local, tap: aliasDialer{kernel, addrs}, noTap: true}
+	kernel := in.path.dialer
+	f.paths = &paths{
+		addrs: addrs, kernel: kernel, local: in.local, tap: aliasDialer{kernel, addrs}, noTap: true,
+		listener: in.path.listener, marksLost: true,
+	}
 	splicer, err := newSplicer(f.cfg.NetNS)
 	if err != nil {
 		return err

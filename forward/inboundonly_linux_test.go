@@ -15,12 +15,9 @@ import (
 	"github.com/gofwd/gofwd/netnsutil"
 )
 
-// A container on a bridge sees its clients' addresses, without a tap, over TCP and
-// UDP, and has everything as it was afterwards.
-func TestForwarderInboundOnly(t *testing.T) {
-	remote := newLAN(t)
-	ns := newNS(t)
-	const guest4, guest6, later4 = "10.89.0.2", "fd00:89::2", "10.90.0.3"
+// joinBridge gives ns a network, as a container on a bridge has it.
+func joinBridge(t *testing.T, ns *netnsutil.NS, guest4, guest6 string) {
+	t.Helper()
 	within(t, ns, func() {
 		ip(t, "link set lo up")
 		ip(t, "link add eth0 type veth peer name eth1")
@@ -31,6 +28,15 @@ func TestForwarderInboundOnly(t *testing.T) {
 		ip(t, "route add default via 10.89.0.1")
 		ip(t, "-6 route add default via fd00:89::1")
 	})
+}
+
+// A container on a bridge sees its clients' addresses, without a tap, over TCP and
+// UDP, and has everything as it was afterwards.
+func TestForwarderInboundOnly(t *testing.T) {
+	remote := newLAN(t)
+	ns := newNS(t)
+	const guest4, guest6, later4 = "10.89.0.2", "fd00:89::2", "10.90.0.3"
+	joinBridge(t, ns, guest4, guest6)
 	port := tellPeer(t, ns, ":0")
 	ports := PortRange{port, port}
 	f, _ := start(t, Config{NetNS: ns, InboundOnly: true, Rules: []Rule{

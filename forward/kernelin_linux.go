@@ -144,7 +144,7 @@ func (c *kernelConn) lead(l *spliceLoop) {
 	rule := c.to.rule
 	c.flow.rule, c.flow.counters = rule, &rule.flowCounters
 	if rule.rule.ProxyV2 || rule.watchesIdle() {
-		c.leave(l) // for what a relay does, and a loop does not
+		c.leave(l, false) // for what a relay does, and a loop does not
 		return
 	}
 	c.routes = c.a.e.paths.routes(rule.rule, c.client, c.to.port)
@@ -154,6 +154,10 @@ func (c *kernelConn) lead(l *spliceLoop) {
 // giveUp leads c to the next target, or ends it if there is none; err is why this
 // one was no good.
 func (c *kernelConn) giveUp(l *spliceLoop, err error) {
+	if errors.Is(err, unix.ECONNREFUSED) && c.a.e.paths.mayBeGuest(c.to.rule, c.to.port) {
+		c.leave(l, true)
+		return
+	}
 	c.to.fail()
 	if !c.elsewhere(l) {
 		c.fail(l, err)
@@ -180,7 +184,7 @@ func (c *kernelConn) try(l *spliceLoop, err error) {
 		r := c.routes[0]
 		d, ok := r.dialer.(connecter)
 		if !ok {
-			c.leave(l)
+			c.leave(l, false)
 			return
 		}
 		if c.inner, err = d.connect(r.src, r.dst); err == nil {
@@ -234,6 +238,7 @@ func (c *kernelConn) ready(l *spliceLoop, side int, events uint32) {
 		}
 		c.slow.remove()
 		c.route, c.routes = c.routes[0], nil
+		c.to.rule.endDetour()
 		c.to.rule.served(c.client.Addr(), c.route.src.Addr())
 		c.flow.fds[1], c.flow.slot = c.inner, c.slot
 		c.flow.flow = Flow{
@@ -247,15 +252,14 @@ func (c *kernelConn) ready(l *spliceLoop, side int, events uint32) {
 	}
 }
 
-// isSlow is called when connecting has taken some time. A server with a mark of
-// its own does not answer on the kernel path.
+// isSlow is called when connecting has taken some time, again and again.
 func (c *kernelConn) isSlow(l *spliceLoop) {
 	if time.Since(c.begun) > dialTimeout {
 		c.fail(l, os.NewSyscallError("connect", unix.ETIMEDOUT))
 		return
 	}
-	if c.a.e.paths.serverHasMark(c.to.rule, c.routes[0]) {
-		c.leave(l)
+	if c.a.e.paths.isElsewhere(c.to.rule, c.routes[0], time.Since(c.begun)) {
+		c.leave(l, true)
 		return
 	}
 	if len(c.left) > 0 {
@@ -268,8 +272,8 @@ func (c *kernelConn) isSlow(l *spliceLoop) {
 }
 
 // leave hands the client's connection to a goroutine, for a path that is not
-// ours.
-func (c *kernelConn) leave(l *spliceLoop) {
+// ours; byTap as for dialIn.
+func (c *kernelConn) leave(l *spliceLoop, byTap bool) {
 	c.closeInner()
 	l.freeSlot(c.slot)
 	fd := c.flow.fds[0]
@@ -279,7 +283,7 @@ func (c *kernelConn) leave(l *spliceLoop) {
 		c.to.rule.end()
 		return
 	}
-	go c.a.e.serveLeft(c.to, c.left, fd)
+	go c.a.e.serveLeft(c.to, c.left, fd, byTap)
 }
 
 func (c *kernelConn) closeInner() {
@@ -322,7 +326,7 @@ func (c *kernelConn) log() *slog.Logger {
 }
 
 // serveLeft is [tcpEngine.serveTurns] for a connection that a loop has accepted.
-func (e *tcpEngine) serveLeft(to *tcpTarget, left tcpTurns, fd int) {
+func (e *tcpEngine) serveLeft(to *tcpTarget, left tcpTurns, fd int, byTap bool) {
 	defer e.wg.Done()
 	file := os.NewFile(uintptr(fd), "tcp")
 	c, err := net.FileConn(file)
@@ -332,7 +336,7 @@ func (e *tcpEngine) serveLeft(to *tcpTarget, left tcpTurns, fd int) {
 		e.log.Warn("connection refused", "err", err)
 		return
 	}
-	e.serveTurns(to, left, c.(*net.TCPConn), nil)
+	e.serveTurns(to, left, c.(*net.TCPConn), nil, byTap)
 }
 
 // addrPortOf returns the address of a TCP peer.

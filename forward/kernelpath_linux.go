@@ -13,6 +13,7 @@ import (
 type kernelPath struct {
 	*netnsutil.KernelPath
 	dialer nsDialer
+	tap    int // interface index of the tap, 0 if there is none
 
 	mu        sync.Mutex // guards the following fields
 	diag      *netnsutil.SockDiag
@@ -32,24 +33,37 @@ func openKernelPath(ns *netnsutil.NS) (*kernelPath, error) {
 	return &kernelPath{KernelPath: k, dialer: nsDialer{ns: ns, mark: k.Mark()}, diag: diag}, nil
 }
 
-// markOf returns the mark of the server at an address of the namespace, 0 if it
-// has none or there is no server.
-func (k *kernelPath) markOf(addr netip.AddrPort) uint32 {
+// listener is paths.listener. Of two, such as one for each family, a mark is
+// enough.
+func (k *kernelPath) listener(addr netip.AddrPort) (mark uint32, ok bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.diag == nil {
-		return 0
+		return 0, false
 	}
 	var err error
 	if k.listeners, err = k.diag.AppendListeners(k.listeners[:0]); err != nil {
-		return 0
+		return 0, false
 	}
 	for _, l := range k.listeners {
-		if !l.UDP && l.Mark != 0 && listensOn(l, addr) {
-			return l.Mark
+		if !l.UDP && listensOn(l, addr) {
+			mark, ok = max(mark, l.Mark), true
 		}
 	}
-	return 0
+	return mark, ok
+}
+
+// connecting reports whether a SYN on the tap is that of a socket of the
+// namespace's kernel, which alone can be given it back. If not, a guest with a
+// network stack of its own has sent it, or it was routed through the namespace.
+func (k *kernelPath) connecting(src, dst netip.AddrPort) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.diag == nil {
+		return true
+	}
+	yes, err := k.diag.Connecting(k.tap, src, dst)
+	return yes || err != nil
 }
 
 // listensOn reports whether a connection to addr may be the listener's.

@@ -23,8 +23,11 @@ type request struct {
 // fromNamespace is the stack's callback for TCP. It does not block.
 func (e *tcpEngine) fromNamespace(r *stack.TCPRequest) {
 	if e.held != nil {
-		e.held.serve(r)
-		return
+		if e.fromKernel(r.Src, r.Dst) {
+			e.held.serve(r)
+			return
+		}
+		e.guestSYNs.Add(1)
 	}
 	go e.serveRequest(request{
 		src: r.Src, dst: r.Dst, ctx: r.Context(), reject: r.Reject,

@@ -3,7 +3,6 @@ package forward
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -49,11 +48,14 @@ type paths struct {
 	// be none, and noKernel says why.
 	kernel   dialer
 	noKernel string
-	// markOf returns the mark (SO_MARK) of the server that listens at an
-	// address in the namespace, 0 if it has none; nil where it makes no
-	// difference. See netnsutil.SockDiag.
-	markOf func(netip.AddrPort) uint32
-	marked markedServers
+	// listener returns the mark (SO_MARK) of the socket of the namespace's
+	// kernel that listens at an address, and whether there is one; nil
+	// without kernel. See netnsutil.SockDiag.
+	listener func(netip.AddrPort) (mark uint32, ok bool)
+	// marksLost says that no reply comes back to kernel of a server with a
+	// mark.
+	marksLost bool
+	detours   detours
 	// local is ordinary sockets in the namespace, for its loopback: no
 	// packet to or from 127.0.0.1 may cross the tap. It takes no source.
 	local dialer
@@ -110,28 +112,7 @@ func (p *paths) routes(rule Rule, client netip.AddrPort, port uint16) []route {
 func (p *paths) kernelReaches(r route) bool {
 	return p.kernel != nil && slices.Contains(p.addrs.ownAddrs(), r.dst.Addr()) &&
 		!hasScope(r.src.Addr()) &&
-		(p.tap == nil || !p.marked.has(r.dst, p.markOf))
-}
-
-// serverHasMark is asked when the server at the end of a kernel route does not
-// answer. If it sets a mark, the reason is noted with the rule, and with a tap
-// the next route to it is that.
-func (p *paths) serverHasMark(rule *activeRule, r route) bool {
-	if p.markOf == nil || r.dst.Addr().IsLoopback() {
-		return false
-	}
-	mark := p.markOf(r.dst)
-	if mark == 0 {
-		return false
-	}
-	reason := fmt.Sprintf("the server on port %d sets a mark of its own (SO_MARK %#x)", r.dst.Port(), mark)
-	if p.tap == nil {
-		rule.setPath(Kernel, reason+", so that no reply comes back, and there is no tap")
-		return false
-	}
-	p.marked.add(r.dst)
-	rule.setPath(Tap, reason)
-	return true
+		(p.noTap || !p.detours.has(r.dst, p.listener))
 }
 
 // hasScope reports whether addr means something only together with the link that

@@ -21,7 +21,8 @@ type activeRule struct {
 
 	flowCounters
 
-	gate gate
+	gate     gate
+	detoured atomic.Bool // detour is set
 
 	mu     sync.Mutex // guards the following fields
 	bound  []boundPort
@@ -29,9 +30,16 @@ type activeRule struct {
 	tcp    []*boundListener // not yet in use
 	path   Datapath
 	reason string // why path is not the best one
+	detour pathReason
 	// seenAs is the address that a server without IPv6 saw of clients of IPv6,
 	// and one without IPv4 of those of IPv4; zero if there were none.
 	seenAs [2]netip.Addr
+}
+
+// pathReason is a path, and why it is not the best one.
+type pathReason struct {
+	path   Datapath
+	reason string
 }
 
 // boundPort is a socket that listens for a rule.
@@ -71,6 +79,23 @@ func (r *activeRule) setPath(path Datapath, reason string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.path, r.reason = path, reason
+}
+
+// takeDetour says that the server of the last flow was not where it was expected,
+// and what became of the flow; endDetour that it was.
+func (r *activeRule) takeDetour(path Datapath, reason string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.detour = pathReason{path, reason}
+	r.detoured.Store(true)
+}
+
+func (r *activeRule) endDetour() {
+	if r.detoured.Load() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.detoured.Store(false)
+	}
 }
 
 // bind says what was bound for the rule. UDP sockets are in use already, and
@@ -160,13 +185,17 @@ func (r *activeRule) status() RuleStatus {
 			problems = append(problems, fmt.Sprintf("%s clients are seen as %s: the server has no %[1]s", family, r.seenAs[i]))
 		}
 	}
+	path := pathReason{r.path, r.reason}
+	if r.detoured.Load() {
+		path = r.detour
+	}
 	return RuleStatus{
 		ID:       r.id,
 		Rule:     r.rule,
 		Problems: problems,
 		Bound:    bound,
-		Path:     r.path,
-		Reason:   r.reason,
+		Path:     path.path,
+		Reason:   path.reason,
 		Traffic:  r.traffic(),
 	}
 }

@@ -30,10 +30,14 @@ type tcpEngine struct {
 	egress   *egress
 	splicer  *splicer
 	held     *heldSYNs // nil if what the container begins takes the tap
-	log      *slog.Logger
-	events   *eventHub
-	outbound flowCounters // of connections that no rule made
-	bufs     bufferPool
+	// fromKernel reports whether a SYN can be held: it is that of a socket of
+	// the namespace's kernel. guestSYNs counts those for which it was not.
+	fromKernel func(src, dst netip.AddrPort) bool
+	guestSYNs  atomic.Int64
+	log        *slog.Logger
+	events     *eventHub
+	outbound   flowCounters // of connections that no rule made
+	bufs       bufferPool
 
 	ctx    context.Context // ends with close
 	cancel context.CancelFunc
@@ -231,33 +235,34 @@ func (e *tcpEngine) acceptLoop(l *tcpListener, ln streamListener) {
 func (e *tcpEngine) serve(turns tcpTurns, c flowConn, turn *turn) {
 	defer e.wg.Done()
 	defer turn.done()
-	e.serveTurns(turns.begin(clientOf(c).Addr()), turns, c, turn)
+	e.serveTurns(turns.begin(clientOf(c).Addr()), turns, c, turn, false)
 }
 
 // serveTurns carries a connection that to has admitted, in the direction of the
 // rule, or what is left of its turns, if to takes no connection. If nobody does, RST
 // is the nearest to "refused" that there is: the handshake with the client is done.
-func (e *tcpEngine) serveTurns(to *tcpTarget, left tcpTurns, c flowConn, turn *turn) {
+// byTap is for to, as for dialIn.
+func (e *tcpEngine) serveTurns(to *tcpTarget, left tcpTurns, c flowConn, turn *turn, byTap bool) {
 	for to != nil {
 		served := false
 		if to.rule.rule.Dir == Out {
 			served = e.serveOut(to, c)
 		} else {
-			served = e.serveIn(to, c, len(left) == 0, turn)
+			served = e.serveIn(to, c, len(left) == 0, turn, byTap)
 		}
 		to.rule.end()
 		if served {
 			return
 		}
 		to.fail()
-		to = left.admit(clientOf(c).Addr())
+		to, byTap = left.admit(clientOf(c).Addr()), false
 	}
 	abort(c)
 }
 
 // serveIn carries a connection from the host into the namespace. It is false if
 // there was no server to take it, who gets less time if it isn't the last that can.
-func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn, last bool, turn *turn) (served bool) {
+func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn, last bool, turn *turn, byTap bool) (served bool) {
 	client := clientOf(c)
 	patience := dialTimeout
 	if !last {
@@ -265,7 +270,7 @@ func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn, last bool, turn *turn) (s
 	}
 	ctx, cancel := context.WithTimeout(to.rule.ctx, patience)
 	turn.wait()
-	inner, r, err := dial(ctx, e.paths.routes(to.rule.rule, client, to.port))
+	inner, r, err := e.paths.dialIn(ctx, to.rule, client, to.port, byTap)
 	cancel()
 	turn.done()
 	log := e.log.With("client", client, "forward", c.LocalAddr(), "path", r.path)
