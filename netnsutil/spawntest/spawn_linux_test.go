@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/user"
@@ -121,6 +122,9 @@ func enterOften() error {
 			return fmt.Errorf("still inside: %w", err)
 		}
 	}
+	if err := useKernelPath(ns); err != nil {
+		return err
+	}
 	// A thread ends a moment after its goroutine has.
 	deadline := time.Now().Add(5 * time.Second)
 	for {
@@ -142,6 +146,27 @@ func enterOften() error {
 		}
 		time.Sleep(time.Millisecond)
 	}
+}
+
+// useKernelPath has the sockets of netlink and nf_tables made in ns, from a process
+// whose threads may not go back to where they came from. netlink.NewHandleAt left
+// its thread inside there, and nftables.WithNetNSFd made no socket at all.
+func useKernelPath(ns *netnsutil.NS) error {
+	if err := ns.Configure(netnsutil.Link{}); err != nil {
+		return err
+	}
+	k, err := ns.OpenKernelPath()
+	if err != nil {
+		return err
+	}
+	if err := k.HoldSYN("lo", netip.MustParseAddrPort("127.0.0.1:1"), netip.MustParseAddrPort("[::1]:1")); err != nil {
+		return errors.Join(err, k.Close())
+	}
+	if err := k.Close(); err != nil {
+		return err
+	}
+	errNFT, errTProxy := ns.ProbeNFT()
+	return errors.Join(errNFT, errTProxy)
 }
 
 // spawned is a running copy of the test binary.
