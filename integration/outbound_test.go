@@ -147,3 +147,28 @@ func TestNoProtocol(t *testing.T) {
 		})
 	}
 }
+
+// TestOutboundFrom: the world sees the address that gofwd was given, and what is
+// given an interface leaves by it.
+func TestOutboundFrom(t *testing.T) {
+	t.Parallel()
+	tp := newTopo(t)
+	tp.host.ip(t, `
+		route add default via 203.0.113.2 dev eth1 metric 5000
+		route add default via 2001:db8:2::2 dev eth1 metric 5000`)
+	second := newNode(t, "ctr")
+	tp.host.startGofwd(t, second.id, "attach", "--netns", second.path, "--outbound-if4", "eth1", "--outbound-if6", "eth1")
+	tp.attach(t, "--outbound", "198.51.100.11", "--outbound", "2001:db8:1::11")
+	tp.client.serveWho(t, 7000, ipv4.client, ipv6.client)
+	tp.host.serveWho(t, 7001, ipv4.host, ipv6.host)
+	eachFamily(t, func(t *testing.T, f family) {
+		for _, proto := range []string{"tcp", "udp"} {
+			for ctr, source := range map[*node]netip.Addr{tp.ctr: f.host2, second: f.hostEth1} {
+				require.Equal(t, source, requireWho(t, ctr, proto, netip.AddrPortFrom(f.client, 7000).String()).by.Addr(), proto)
+				require.Equal(t, f.host, requireWho(t, ctr, proto, netip.AddrPortFrom(f.host, 7001).String()).by.Addr(), "%s to the host", proto)
+			}
+		}
+	})
+	requireOneLine(t, tp.host.runCmd(t, gofwdCmd("attach", "--netns", tp.ctr.path, "--outbound", "198.51.100.1", "--outbound", "198.51.100.2")),
+		2, "only one of each family")
+}
