@@ -240,7 +240,7 @@ func TestPastaCommands(t *testing.T) {
 			if !p.does(row.options) || p.real() && row.ours != "" {
 				continue
 			}
-			t.Run(p.name+" "+row.args+" "+row.script, func(t *testing.T) {
+			t.Run(p.name+" "+row.args, func(t *testing.T) {
 				t.Parallel()
 				row.check(t, tp.host, p)
 			})
@@ -258,8 +258,8 @@ func (p pastaProgram) does(options string) bool {
 func (r pastaCommand) check(t *testing.T, n *node, p pastaProgram) {
 	t.Helper()
 	got := p.run(t, n, r.args, r.script)
-	require.Equal(t, r.code, got.code, "%s%s", got.stdout, got.stderr)
-	require.Regexp(t, r.want, got.stdout, "%s", got.stderr)
+	require.Equal(t, r.code, got.code, "%s: %s%s", r.script, got.stdout, got.stderr)
+	require.Regexp(t, r.want, got.stdout, "%s: %s", r.script, got.stderr)
 	if r.not != "" {
 		require.NotRegexp(t, r.not, got.stdout)
 	}
@@ -270,13 +270,11 @@ func (r pastaCommand) check(t *testing.T, n *node, p pastaProgram) {
 // those that are asked for.
 func (p pastaProgram) run(t *testing.T, n *node, args, script string) result {
 	t.Helper()
-	tmp, err := os.MkdirTemp("", "pasta") // no name of a test that shells can't read
-	require.NoError(t, err)
 	port := "8088"
 	if p.real() {
 		port = "8089" // both run at once
 	}
-	given := strings.NewReplacer("DIR", tmp, "PORT", port)
+	given := strings.NewReplacer("DIR", t.TempDir(), "PORT", port)
 	argv := []string{p.path}
 	if script != "" {
 		argv = append(argv, noPortsBut(args)...)

@@ -82,7 +82,7 @@ func (c *command) runOnOwnThread(started chan<- error) {
 	err := c.cmd.Wait()
 	if c.cmd.ProcessState != nil {
 		err = waitStatus(c.cmd.ProcessState)
-		if s := c.endedBy.Load(); s != 0 && err == exitStatus(128+int(unix.SIGKILL)) {
+		if s := c.endedBy.Load(); s != 0 && errors.Is(err, exitStatus(128+int(unix.SIGKILL))) {
 			err = exitStatus(128 + s)
 		}
 	}
