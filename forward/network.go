@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/gofwd/gofwd/netnsutil"
+	"github.com/gofwd/gofwd/stack"
 )
 
 const (
@@ -75,7 +76,7 @@ func planNetwork(cfg Network, host hostNetwork) (*networkPlan, error) {
 	if cfg.NoIPv4 && cfg.NoIPv6 {
 		return nil, errors.New("number the container: neither IPv4 nor IPv6 is wanted")
 	}
-	p := &networkPlan{link: netnsutil.Link{Name: cfg.IfName, MTU: cfg.MTU}}
+	p := &networkPlan{link: netnsutil.Link{Name: cfg.IfName, MTU: cfg.MTU, QueueLen: stack.TapQueueLen}}
 	if p.link.Name == "" {
 		p.link.Name = defaultIfName
 	}

@@ -12,6 +12,9 @@ type Link struct {
 	Name string
 	// MTU in bytes; 0 leaves the interface's as it is.
 	MTU int
+	// QueueLen is how many packets the interface keeps for who reads them; 0
+	// leaves it as it is.
+	QueueLen int
 	// HardwareAddr is the interface's MAC address; nil leaves it as it is.
 	HardwareAddr net.HardwareAddr
 	// Addrs are set on the interface with their prefix length, without

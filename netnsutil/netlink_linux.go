@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Configure brings up loopback in ns, and then makes link true: MTU, MAC
+// Configure brings up loopback in ns, and then makes link true: MTU, queue, MAC
 // address, addresses, up, routes. The interface must exist; an empty link.Name
 // is none, so that the zero Link brings up loopback alone. Addresses and routes
 // that the namespace has besides are left alone, and doing it again changes
@@ -61,6 +61,11 @@ func configureLink(h *netlink.Handle, link Link) error {
 	if link.MTU != 0 {
 		if err := h.LinkSetMTU(l, link.MTU); err != nil {
 			return fmt.Errorf("set MTU of interface %s to %d: %w", link.Name, link.MTU, err)
+		}
+	}
+	if link.QueueLen != 0 {
+		if err := h.LinkSetTxQLen(l, link.QueueLen); err != nil {
+			return fmt.Errorf("set queue length of interface %s to %d: %w", link.Name, link.QueueLen, err)
 		}
 	}
 	if link.HardwareAddr != nil {

@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"net"
@@ -229,3 +230,41 @@ func TestIdleConnectionsAreSmall(t *testing.T) {
 }
 
 func TestMain(m *testing.M) { nstest.Main(m) }
+
+// The tap keeps a burst for as long as we do not read.
+func TestTapQueue(t *testing.T) {
+	ns, err := netnsutil.New()
+	require.NoError(t, err)
+	defer ns.Close()
+	const burst = TapQueueLen - 100 // the kernel sends something of its own
+	var dev Device
+	require.NoError(t, ns.Do(func() (err error) {
+		dev, _, err = OpenTap("tap0", 1500)
+		return err
+	}))
+	defer dev.Close()
+	link := nstest.Link(t, "tap0 10.0.2.100/24, 0.0.0.0/0 via 10.0.2.2")
+	link.QueueLen = TapQueueLen
+	require.NoError(t, ns.Configure(link))
+	require.NoError(t, ns.Do(func() error {
+		c, err := net.Dial("udp4", "239.1.2.3:7000") // a neighbour that needs no ARP
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		for range burst {
+			if _, err := c.Write([]byte("one of many")); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+	buf := make([]byte, 2048)
+	for got := 0; got < burst; {
+		n, err := dev.Read([][]byte{buf}, func() { require.Equal(t, burst, got, "the rest is lost"); dev.Close() })
+		require.NoError(t, err)
+		if bytes.HasSuffix(buf[:n], []byte("one of many")) {
+			got++
+		}
+	}
+}
