@@ -73,6 +73,11 @@ test: ## all tests, as root or not; ends with a list of those that were skipped,
 	$(gotestsum) --format pkgname-and-test-fails -- -count=1 -shuffle=on $(race) $(TESTFLAGS) $(PKGS)
 .PHONY: test
 
+test-pasta: ## our pasta beside pasta itself, of PASTA, or the newest that Debian has
+	[ -n "$(PASTA)" ] || bench/pasta.sh bin/pasta
+	PASTA="$(or $(PASTA),$(CURDIR)/bin/pasta/bin/pasta)" go test -count=1 -run TestPasta ./integration
+.PHONY: test-pasta
+
 test-podman: ## under real rootless Podman 5.4, as root; see integration/podman/doc.go
 	go test -tags podman -count=1 -v ./integration/podman
 .PHONY: test-podman

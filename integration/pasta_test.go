@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/sys/unix"
 )
 
 // gofwd is called as pasta here, and beside it the real one, if $PASTA or the PATH
@@ -146,6 +147,7 @@ var pastaCommands = []pastaCommand{
 	{options: "--address", args: "--config-net -a 192.0.2.77 -a 2001:db8:77::7", script: lookAddrs, want: `(?s)192\.0\.2\.77/24.*2001:db8:77::7/64`, not: `198\.51|2001:db8:1:`},
 	{options: "--address --netmask", args: "--config-net -a 192.0.2.77 -n 255.255.255.240", script: lookAddrs, want: `192\.0\.2\.77/28`},
 	{options: "--netmask", args: "--config-net -a 192.0.2.77 -n 28", script: lookAddrs, want: `192\.0\.2\.77/28`},
+	{options: "--netmask", args: "-n 300", script: "true", code: 1, stderr: `300`},
 	{options: "--gateway", args: "--config-net -a 192.0.2.77 -g 192.0.2.65", script: lookRoutes, want: `default via 192\.0\.2\.65`},
 	{options: "--interface", args: "--config-net -i eth1", script: lookAddrs, want: `eth1 +inet 203\.0\.113\.1/24`},
 	{options: "--interface", args: "-i nosuch0", script: "true", code: 1, stderr: `nosuch0`},
@@ -328,6 +330,42 @@ func TestPastaShell(t *testing.T) {
 			r := host.runCmd(t, cmd)
 			require.Zero(t, r.code, r.stderr)
 			require.Equal(t, "shell with 0 arguments, as 1\n", r.stdout)
+		})
+	}
+}
+
+// TestPastaSignals: a command that is an init gets what it catches, and is ended by
+// what it does not catch, as it would be if it were none: the kernel keeps that
+// from an init (pid_namespaces(7)).
+func TestPastaSignals(t *testing.T) {
+	t.Parallel()
+	host := newNode(t, "host")
+	p := pastaPrograms(t)[0]
+	for _, tt := range []struct {
+		script string
+		signal unix.Signal
+		group  bool // as ^C
+		code   int
+	}{
+		{"echo there; exec sleep 1000", unix.SIGTERM, false, 128 + 15},
+		{"echo there; exec sleep 1000", unix.SIGINT, true, 128 + 2},
+		{"trap 'exit 5' TERM; echo there; sleep 1000 & wait", unix.SIGTERM, false, 5},
+		{"trap 'exit 6' INT; echo there; sleep 1000 & wait", unix.SIGINT, true, 6},
+		{"trap '' HUP; echo there; sleep 0.5; exit 7", unix.SIGHUP, false, 7},
+		{"echo there; exec sleep 1000", unix.SIGKILL, false, -1},
+	} {
+		t.Run(fmt.Sprintf("%s %s", unix.SignalName(tt.signal), tt.script), func(t *testing.T) {
+			t.Parallel()
+			proc := host.start(t, append(append([]string{p.path}, noPortsBut("")...), "sh", "-c", tt.script)...)
+			proc.waitLog(t, "there")
+			family := children(proc.cmd.Process.Pid)
+			pid := proc.cmd.Process.Pid
+			if tt.group {
+				pid = -pid // startCmd makes it a process group
+			}
+			require.NoError(t, unix.Kill(pid, tt.signal))
+			require.Equal(t, tt.code, proc.exit(t, patience))
+			requireGone(t, family)
 		})
 	}
 }

@@ -59,7 +59,7 @@ func (p *pasta) options() []longOption {
 		{"ns-ifname", 'I', true, word(&network.IfName)},
 		{"mtu", 'm', true, p.setMTU},
 		{"address", 'a', true, func(arg string) error { p.addrs = append(p.addrs, arg); return nil }},
-		{"netmask", 'n', true, word(&p.netmask)},
+		{"netmask", 'n', true, p.setNetmask},
 		{"gateway", 'g', true, addAddr("gateway", &network.Gateways)},
 		{"interface", 'i', true, word(&p.template)},
 		{"ipv4-only", '4', false, flag(&network.NoIPv6)},
@@ -169,6 +169,14 @@ func (p *pasta) setOutbound(arg string) error {
 	*addrs = slices.DeleteFunc(*addrs, func(old netip.Addr) bool { return old.Is4() == a.Is4() })
 	*addrs = append(*addrs, a)
 	return nil
+}
+
+// setNetmask takes the netmask of addresses that are given; those that are copied
+// keep theirs.
+func (p *pasta) setNetmask(arg string) error {
+	p.netmask = arg
+	_, err := parseNetmask(arg)
+	return err
 }
 
 // setMTU takes 0 for the kernel's own.
