@@ -355,7 +355,9 @@ type splicedFlow struct {
 	wait   [2]waits
 	slot   int32
 	queued bool // for a turn
-	dead   bool
+	// settled is set when it has turned out to be bulk, and has its loop for good.
+	settled bool
+	dead    bool
 }
 
 // The bytes that went into the namespace, and out of it.
@@ -385,9 +387,12 @@ func (f *splicedFlow) start(l *spliceLoop, events [2]uint32) {
 // adopt hands a flow over whose sockets are not in the epoll set yet.
 func (l *spliceLoop) adopt(f *splicedFlow) {
 	f.slot = l.newSlot(f)
-	if f.start(l, [2]uint32{}); f.dead {
-		return
+	if f.start(l, [2]uint32{}); !f.dead {
+		l.watchFlow(f)
 	}
+}
+
+func (l *spliceLoop) watchFlow(f *splicedFlow) {
 	for side, fd := range f.fds {
 		if err := l.watch(fd, socketEvents, f.slot, side); err != nil {
 			f.end(l, true, err.Error())
@@ -439,7 +444,7 @@ func (f *splicedFlow) advance(l *spliceLoop, side int) {
 		return
 	}
 	f.wait[side] = w
-	if w == waitsTurn && !f.queued {
+	if (w == waitsTurn || h.fills == fillsForBulk && !f.settled) && !f.queued {
 		f.queued = true
 		l.turns = append(l.turns, f)
 	}
@@ -454,11 +459,45 @@ func (l *spliceLoop) takeTurns() {
 	l.turns = nil
 	for _, f := range turns {
 		f.queued = false
+		if !f.dead && !f.settled {
+			f.settled = true
+			if to := l.s.pick(); to != l {
+				l.pass(f, to)
+				continue
+			}
+		}
 		for side := range 2 {
 			if !f.dead && f.wait[side] == waitsTurn {
 				f.advance(l, side)
 			}
 		}
+	}
+}
+
+// pass hands a flow to another loop. Bulk is spread over all of them: they may have
+// come from one, as what the container begins does.
+func (l *spliceLoop) pass(f *splicedFlow, to *spliceLoop) {
+	for _, fd := range f.fds {
+		_ = unix.EpollCtl(l.epfd, unix.EPOLL_CTL_DEL, fd, nil)
+	}
+	l.freeSlot(f.slot)
+	if !to.do(func() { to.resume(f) }) {
+		f.slot = l.newSlot(f)
+		f.end(l, true, endShutdown)
+	}
+}
+
+// resume lets a flow go on that another loop has begun: what its sockets are ready
+// for is reported as they are added.
+func (l *spliceLoop) resume(f *splicedFlow) {
+	f.slot = l.newSlot(f)
+	if f.rule != nil && f.rule.ctx.Err() != nil { // abort met it in neither loop
+		f.end(l, true, endRemoved)
+		return
+	}
+	if l.watchFlow(f); !f.dead && (f.wait[0] == waitsTurn || f.wait[1] == waitsTurn) {
+		f.queued = true
+		l.turns = append(l.turns, f)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand"
 	"net"
+	"runtime"
 	"sync"
 	"syscall"
 	"testing"
@@ -18,6 +19,16 @@ import (
 
 // splicedPair returns the two outer ends of a flow that s moves, and how it ended.
 func splicedPair(t *testing.T, s *splicer, sndbuf int) (outside, inside *net.TCPConn, counters *flowCounters, ended chan string) {
+	t.Helper()
+	outside, inside, outer, inner := twoPairs(t, sndbuf)
+	counters, ended = &flowCounters{}, make(chan string, 1)
+	f := &splicedFlow{counters: counters, events: &eventHub{}, ended: func(_ *splicedFlow, how string) { ended <- how }}
+	require.True(t, s.splice(outer, inner, f))
+	return outside, inside, counters, ended
+}
+
+// twoPairs returns two connections: outer and inner are what a relay joins.
+func twoPairs(t *testing.T, sndbuf int) (outside, inside, outer, inner *net.TCPConn) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
@@ -32,13 +43,51 @@ func splicedPair(t *testing.T, s *splicer, sndbuf int) (outside, inside *net.TCP
 		}
 		return c.(*net.TCPConn), a.(*net.TCPConn)
 	}
-	outside, outer := pair()
-	inside, inner := pair()
+	outside, outer = pair()
+	inside, inner = pair()
 	t.Cleanup(func() { outside.Close(); inside.Close() })
-	counters, ended = &flowCounters{}, make(chan string, 1)
-	f := &splicedFlow{counters: counters, events: &eventHub{}, ended: func(_ *splicedFlow, how string) { ended <- how }}
-	require.True(t, s.splice(outer, inner, f))
-	return outside, inside, counters, ended
+	return outside, inside, outer, inner
+}
+
+// Flows that one loop has begun are spread over all as soon as they are bulk, and
+// lose nothing on the way.
+func TestSplicerSpreadsBulk(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(2)) // a loop for each
+	s := newTestSplicer(t)
+	require.Len(t, s.loops, 2)
+	const flows, size = 4, 8 << 20
+	first := s.loops[0]
+	var wg sync.WaitGroup
+	outsides := make([]*net.TCPConn, flows)
+	for i := range flows {
+		outside, inside, outer, inner := twoPairs(t, 0)
+		outsides[i] = outside
+		f := &splicedFlow{counters: &flowCounters{}, events: &eventHub{}, ended: func(*splicedFlow, string) {}}
+		var err error
+		f.fds[0], err = duplicate(outer)
+		require.NoError(t, err)
+		f.fds[1], err = duplicate(inner)
+		require.NoError(t, err)
+		require.NoError(t, errors.Join(outer.Close(), inner.Close()))
+		require.True(t, first.do(func() { first.adopt(f) }))
+		wg.Go(func() {
+			n, err := io.CopyN(io.Discard, inside, size)
+			if err != nil {
+				t.Errorf("got %d bytes: %v", n, err)
+			}
+		})
+	}
+	require.Empty(t, s.loops[1].all())
+	for _, c := range outsides {
+		wg.Go(func() {
+			if _, err := c.Write(make([]byte, size)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	require.Len(t, first.all(), flows/2)
+	require.Len(t, s.loops[1].all(), flows/2)
 }
 
 func newTestSplicer(t *testing.T) *splicer {
