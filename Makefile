@@ -13,16 +13,19 @@ demo: build ## three hosts as namespaces: what the container sees of its clients
 	./gofwd demo
 .PHONY: demo
 
-man: build ## dist/gofwd.1
+# For this machine, whichever GOARCH is.
+gofwd-here := env -u GOARCH CGO_ENABLED=0 go run -trimpath ./cmd/gofwd
+
+man: ## dist/gofwd.1
 	mkdir -p dist
-	./gofwd man > dist/gofwd.1
+	$(gofwd-here) man > dist/gofwd.1
 .PHONY: man
 
-completion: build ## dist/gofwd.bash, dist/_gofwd, dist/gofwd.fish
+completion: ## dist/gofwd.bash, dist/_gofwd, dist/gofwd.fish
 	mkdir -p dist
-	./gofwd completion bash > dist/gofwd.bash
-	./gofwd completion zsh > dist/_gofwd
-	./gofwd completion fish > dist/gofwd.fish
+	$(gofwd-here) completion bash > dist/gofwd.bash
+	$(gofwd-here) completion zsh > dist/_gofwd
+	$(gofwd-here) completion fish > dist/gofwd.fish
 .PHONY: completion
 
 install: build man completion
@@ -31,13 +34,28 @@ install: build man completion
 	install -Dm644 dist/gofwd.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/gofwd
 	install -Dm644 dist/_gofwd $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_gofwd
 	install -Dm644 dist/gofwd.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/gofwd.fish
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,lib/systemd/user lib/systemd/system share/gofwd/hooks.d)
+	$(at-prefix) contrib/systemd/gofwd@.service > $(DESTDIR)$(PREFIX)/lib/systemd/user/gofwd@.service
+	$(at-prefix) contrib/systemd/gofwd@.socket > $(DESTDIR)$(PREFIX)/lib/systemd/user/gofwd@.socket
+	$(at-prefix) contrib/systemd/system/gofwd@.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/gofwd@.service
+	$(at-prefix) contrib/systemd/gofwd@.socket > $(DESTDIR)$(PREFIX)/lib/systemd/system/gofwd@.socket
+	$(at-prefix) contrib/hooks.d/gofwd.json > $(DESTDIR)$(PREFIX)/share/gofwd/hooks.d/gofwd.json
 .PHONY: install
+
+# The files of contrib/ name gofwd by where it may be.
+at-prefix = sed -E 's,/usr(/local)?/bin/gofwd,$(PREFIX)/bin/gofwd,'
+
+deb: ## dist/gofwd_VERSION_ARCH.deb, for GOARCH
+	contrib/debian/build
+.PHONY: deb
 
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/gofwd $(DESTDIR)$(PREFIX)/share/man/man1/gofwd.1 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/gofwd \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_gofwd \
-		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/gofwd.fish
+		$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/gofwd.fish \
+		$(addprefix $(DESTDIR)$(PREFIX)/lib/systemd/,user/gofwd@.service user/gofwd@.socket system/gofwd@.service system/gofwd@.socket) \
+		$(DESTDIR)$(PREFIX)/share/gofwd/hooks.d/gofwd.json
 .PHONY: uninstall
 
 # Podman looks for its helpers in the directories that the file lists, in their
