@@ -74,7 +74,7 @@ func uploadQUIC(addr string, d time.Duration) (map[string]float64, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer c.CloseWithError(0, "")
+	defer func() { _ = c.CloseWithError(0, "") }()
 	s, err := c.OpenStreamSync(ctx)
 	if err != nil {
 		return nil, err
