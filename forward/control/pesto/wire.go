@@ -106,7 +106,7 @@ func writeTables(w io.Writer, tables []Table) error {
 		put(b, h)
 		put(b, t.Rules)
 	}
-	b.WriteByte(0)
+	put(b, PIF(0))
 	return b.Flush()
 }
 
@@ -141,7 +141,7 @@ func writeRules(w io.Writer, tables []Table) error {
 		put(b, uint32(len(t.Rules)))
 		put(b, t.Rules)
 	}
-	b.WriteByte(0)
+	put(b, PIF(0))
 	return b.Flush()
 }
 
