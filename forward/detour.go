@@ -105,6 +105,9 @@ func (p *paths) isElsewhere(rule *activeRule, r route, waited time.Duration) boo
 	if r.dst.Addr().IsLoopback() {
 		return false
 	}
+	if r.behind {
+		return waited > silentAfter
+	}
 	mark, listens := p.listener(r.dst)
 	if p.noTap {
 		if mark != 0 {
@@ -118,7 +121,7 @@ func (p *paths) isElsewhere(rule *activeRule, r route, waited time.Duration) boo
 // mayBeGuest is asked when the namespace's kernel has refused a client. It is true if
 // there may be a server all the same.
 func (p *paths) mayBeGuest(rule *activeRule, port uint16) bool {
-	if p.kernel == nil || rule.rule.Target.IsValid() && rule.rule.Target.IsLoopback() {
+	if p.kernel == nil || rule.rule.Target.IsValid() && (rule.rule.Target.IsLoopback() || p.targets.has(rule.rule.Target.Unmap())) {
 		return false
 	}
 	if p.noTap {
@@ -181,6 +184,11 @@ func (p *paths) dialDetour(ctx context.Context, rule *activeRule, routes []route
 		return nil, r, err
 	}
 	port := r.dst.Port()
+	if r.behind {
+		p.targets.set(r.dst.Addr(), false)
+		rule.takeDetour(Tap, fmt.Sprintf("the kernel path to %s is silent: a filter in the namespace?", r.dst.Addr()))
+		return c, r, nil
+	}
 	switch mark, listens := p.listener(r.dst); {
 	case !listens:
 		p.detours.add(port, detourGuest)

@@ -353,7 +353,7 @@ func (f *Forwarder) holdSYNs() (err error) {
 	err = f.cfg.NetNS.Do(func() error {
 		tap, err := net.InterfaceByName(f.plan.link.Name)
 		if err == nil {
-			f.kernel.tap = tap.Index
+			f.kernel.tap, f.kernel.tapName = tap.Index, tap.Name
 		}
 		return err
 	})
@@ -362,6 +362,7 @@ func (f *Forwarder) holdSYNs() (err error) {
 	}
 	if err == nil {
 		f.tcp.fromKernel = f.kernel.connecting
+		f.paths.behind, f.paths.isBehind = f.kernel.behind, f.kernel.isBehind
 		f.tcp.held, err = newHeldSYNs(f.tcp, f.cfg.NetNS, f.kernel.KernelPath, f.plan.link.Name)
 	}
 	if err == nil {

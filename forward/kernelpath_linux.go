@@ -12,8 +12,15 @@ import (
 // for the servers in it.
 type kernelPath struct {
 	*netnsutil.KernelPath
-	dialer nsDialer
-	tap    int // interface index of the tap, 0 if there is none
+	dialer nsDialer // to the namespace itself
+	behind nsDialer // to hosts behind it
+
+	// tap is the interface index of the tap, 0 if there is none.
+	tap     int
+	tapName string
+
+	serveBehind sync.Once
+	behindErr   error // of that
 
 	mu        sync.Mutex // guards the following fields
 	diag      *netnsutil.SockDiag
@@ -30,7 +37,7 @@ func openKernelPath(ns *netnsutil.NS) (*kernelPath, error) {
 		k.Close()
 		return nil, fmt.Errorf("open kernel path: %w", err)
 	}
-	return &kernelPath{KernelPath: k, dialer: nsDialer{ns: ns, mark: k.Mark()}, diag: diag}, nil
+	return &kernelPath{KernelPath: k, dialer: nsDialer{ns: ns, mark: k.Mark()}, behind: nsDialer{ns: ns}, diag: diag}, nil
 }
 
 // listener is paths.listener. Of two, such as one for each family, a mark is
@@ -64,6 +71,13 @@ func (k *kernelPath) connecting(src, dst netip.AddrPort) bool {
 	}
 	yes, err := k.diag.Connecting(k.tap, src, dst)
 	return yes || err != nil
+}
+
+// isBehind is paths.isBehind. What it takes in the namespace is made when it is asked
+// for the first time: few have anything behind them.
+func (k *kernelPath) isBehind(addr netip.Addr) bool {
+	k.serveBehind.Do(func() { k.behindErr = k.ServeBehind(k.tapName) })
+	return k.behindErr == nil && k.IsBehind(addr)
 }
 
 // listensOn reports whether a connection to addr may be the listener's.

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"sync"
 	"syscall"
 
 	"github.com/gofwd/gofwd/stack"
@@ -56,6 +57,12 @@ type paths struct {
 	// mark.
 	marksLost bool
 	detours   detours
+	// behind is transparent sockets in the namespace that lead to hosts
+	// behind it, such as containers on a bridge; nil where there can be none,
+	// and isBehind tells their addresses.
+	behind   dialer
+	isBehind func(netip.Addr) bool
+	targets  targetsBehind
 	// local is ordinary sockets in the namespace, for its loopback: no
 	// packet to or from 127.0.0.1 may cross the tap. It takes no source.
 	local dialer
@@ -66,6 +73,34 @@ type route struct {
 	path     Datapath
 	dialer   dialer
 	src, dst netip.AddrPort
+	behind   bool // dialer is that of paths
+}
+
+// targetsBehind are the targets of rules that are hosts behind the namespace. The
+// zero value is empty.
+type targetsBehind struct {
+	mu   sync.Mutex // guards the following field
+	seen map[netip.Addr]bool
+}
+
+// set notes whether addr is behind.
+func (t *targetsBehind) set(addr netip.Addr, behind bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch {
+	case !behind:
+		delete(t.seen, addr)
+	case t.seen == nil:
+		t.seen = map[netip.Addr]bool{addr: true}
+	default:
+		t.seen[addr] = true
+	}
+}
+
+func (t *targetsBehind) has(addr netip.Addr) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.seen[addr]
 }
 
 // routes chooses the path, the source and the destination for a new inbound
@@ -94,6 +129,8 @@ func (p *paths) routes(rule Rule, client netip.AddrPort, port uint16) []route {
 			r.path, r.dialer = Kernel, p.local
 		case p.kernelReaches(r):
 			r.path, r.dialer = Kernel, p.kernel
+		case p.targets.has(target) && !hasScope(r.src.Addr()):
+			r.path, r.dialer, r.behind = Kernel, p.behind, true
 		case p.tap == nil:
 			continue
 		default:
@@ -133,6 +170,8 @@ func (p *paths) describe(rule Rule) (Datapath, string) {
 		return Kernel, "the namespace's loopback sees every client as " + loopbackOf(rule.Target.Unmap().Is4()).String()
 	case p.kernel == nil:
 		return Tap, p.noKernel
+	case p.leadsBehind(rule):
+		return Kernel, ""
 	case rule.Target.IsValid() && !slices.Contains(p.addrs.ownAddrs(), rule.Target.Unmap()):
 		path, reason := Tap, rule.Target.String()+" is not an address of the container itself"
 		if p.noTap {
@@ -141,6 +180,19 @@ func (p *paths) describe(rule Rule) (Datapath, string) {
 		return path, reason
 	}
 	return Kernel, ""
+}
+
+// leadsBehind finds out whether the target of a rule is a host behind the
+// namespace. That is asked when the rule is made, since for Podman's network of all
+// bridges a container's is there before its ports are published.
+func (p *paths) leadsBehind(rule Rule) bool {
+	target := rule.Target.Unmap()
+	if p.behind == nil || !target.IsValid() {
+		return false
+	}
+	behind := !slices.Contains(p.addrs.ownAddrs(), target) && p.isBehind(target)
+	p.targets.set(target, behind)
+	return behind
 }
 
 // dial connects a new inbound flow by the first of its routes that has a server

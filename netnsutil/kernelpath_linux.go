@@ -77,6 +77,7 @@ type KernelPath struct {
 	hasNFT      bool
 	acceptLocal *sysctl // of the tap
 	udp         udpRoutes
+	tap         int // interface index; 0 without ServeBehind
 	closed      bool
 }
 
