@@ -10,9 +10,10 @@
 //
 // A path is a dialer. There are two: "tap", a gVisor stack at the far end of a
 // tap in the namespace (package stack), and "kernel", a transparent kernel
-// socket made in the namespace. The choice is one function, in path.go; where it
-// turns out to have been wrong, since the server is no socket of the namespace's
-// kernel, detour.go makes another one.
+// socket made in the namespace, which also reaches hosts behind it, such as
+// containers on a bridge. The choice is one function, in path.go; where it turns out
+// to have been wrong, since the server is no socket of the namespace's kernel,
+// detour.go makes another one.
 //
 // Outbound connections are dialled before the container's handshake is
 // completed (outbound.go): what the world refuses, the container sees refused.
