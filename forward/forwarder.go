@@ -94,6 +94,9 @@ type Network struct {
 	IfName string
 	// MTU of the tap in bytes; 0 is 1500.
 	MTU int
+	// MAC is the tap's MAC address, nil is the kernel's choice; GatewayMAC is
+	// ours on the other side of it, nil is 02:67:6f:66:77:64.
+	MAC, GatewayMAC net.HardwareAddr
 	// NoIPv4 and NoIPv6 leave out a family.
 	NoIPv4, NoIPv6 bool
 	// Addrs are the container's addresses, at most one of each family; a
@@ -123,6 +126,15 @@ type Network struct {
 	// MapHostLoopback are addresses under which the container reaches the
 	// host's loopback; the default is none.
 	MapHostLoopback []netip.Addr
+	// Services tell the container all this, if it asks.
+	Services Services
+	// Unconfigured leaves the tap down and without addresses, for a container
+	// that configures itself. Forwards lead to an address above, or where the
+	// container has taken others, to one of those; until then, to none.
+	Unconfigured bool
+	// NoNDP answers no IPv6 neighbour discovery, so that there is no IPv6
+	// unless the container knows our MAC address.
+	NoNDP bool
 }
 
 // Forwarder is a running set of forwards.
@@ -149,6 +161,8 @@ type Forwarder struct {
 	ping        *pinger          // nil if NoICMP
 	groups      *listeningGroups // nil without
 	inbound     *inboundNS       // nil without InboundOnly
+	services    *services        // nil without
+	guests      *guestAddrs      // nil unless the container configures itself
 
 	ctx   context.Context // ends with Close
 	close context.CancelFunc
@@ -210,6 +224,9 @@ func (f *Forwarder) start(ctx context.Context) error {
 		f.egress, err = newEgress(f.cfg, local)
 	}
 	if err != nil {
+		return fmt.Errorf("start forwarding: %w", err)
+	}
+	if f.services, err = newServices(f.cfg.Network.Services, f.plan, f.log); err != nil {
 		return fmt.Errorf("start forwarding: %w", err)
 	}
 	addrs.mainAddr, addrs.nameserver = netnsutil.MainAddr, dns.next
@@ -285,12 +302,25 @@ func (f *Forwarder) startStack(addrs *hostMap, dns *nameservers) error {
 	if err != nil {
 		return err
 	}
+	if mac := f.cfg.Network.MAC; mac != nil {
+		f.plan.link.HardwareAddr = mac
+	}
+	if f.cfg.Network.Unconfigured {
+		if err := f.watchGuest(); err != nil {
+			dev.Close()
+			return err
+		}
+		addrs.guests = f.guests.list
+	}
 	f.paths = &paths{addrs: addrs}
 	if err := f.openKernel(); err != nil {
 		dev.Close()
 		return err
 	}
-	cfg := stack.Config{Device: dev, GuestMAC: f.plan.link.HardwareAddr, Guest: addrs.guest, Logger: f.log}
+	cfg := stack.Config{
+		Device: dev, Guest: addrs.guest, GuestMAC: f.plan.link.HardwareAddr,
+		GatewayMAC: f.cfg.Network.GatewayMAC, NoNDP: f.cfg.Network.NoNDP, Logger: f.log,
+	}
 	// The callbacks run as soon as there is a stack, which the engines write
 	// to: they wait for it.
 	ready := make(chan struct{})
@@ -305,6 +335,7 @@ func (f *Forwarder) startStack(addrs *hostMap, dns *nameservers) error {
 	if !f.cfg.NoICMP {
 		cfg.Echo = func(q *stack.Echo) { <-ready; f.ping.fromNamespace(q) }
 	}
+	f.offerServices(&cfg, ready)
 	if f.stack, err = stack.New(cfg); err != nil {
 		dev.Close()
 		return err
@@ -313,7 +344,11 @@ func (f *Forwarder) startStack(addrs *hostMap, dns *nameservers) error {
 		return err
 	}
 	// Last, so that the engines and the capture get the first frame.
-	return f.cfg.NetNS.Configure(f.plan.link)
+	if err := f.configure(); err != nil {
+		return err
+	}
+	f.services.start()
+	return nil
 }
 
 // openKernel makes the kernel path, where it may be and can be had.
@@ -390,6 +425,9 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 	if err != nil {
 		return err
 	}
+	if f.services != nil {
+		f.services.link, f.services.mac = f.stack, f.stack.GatewayMAC()
+	}
 	f.tcp = newTCPEngine(f.paths, dns, splicer, f.egress, f.log)
 	f.tcp.events = &f.events
 	if err := f.holdSYNs(); err != nil {
@@ -465,6 +503,8 @@ func (f *Forwarder) shutdown() {
 	if f.ping != nil {
 		f.ping.close()
 	}
+	f.services.close()
+	f.guests.close()
 	if f.stack != nil {
 		f.stack.Close()
 	}

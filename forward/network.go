@@ -3,6 +3,7 @@ package forward
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -111,6 +112,11 @@ func planNetwork(cfg Network, host hostNetwork) (*networkPlan, error) {
 // checkNetwork refuses addresses that are none of a host, and two of a family
 // where there may be one.
 func checkNetwork(cfg Network) error {
+	for _, mac := range []net.HardwareAddr{cfg.MAC, cfg.GatewayMAC} {
+		if mac != nil && (len(mac) != 6 || mac[0]&1 != 0) {
+			return fmt.Errorf("MAC address %s is not that of a host", mac)
+		}
+	}
 	var own []netip.Addr
 	for _, p := range cfg.Addrs {
 		if !p.IsValid() {

@@ -78,8 +78,7 @@ func (d nsDialer) connectFrom(src, dst netip.AddrPort) (fd int, err error) {
 		{unix.SOL_SOCKET, unix.SO_MARK, int(d.mark)},
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
 		// Without, a client port that is in use anywhere in the namespace,
-		// or in TIME_WAIT, can't be bound, nor the container's server on the
-		// port of a client. What remains: TestContainerBindsAPortOfOurSockets.
+		// or in TIME_WAIT, can't be bound.
 		{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1},
 	}
 	if src.Port() == 0 {

@@ -25,6 +25,9 @@ type Link struct {
 	// gateways of other routes first. A gateway need not be in one of the
 	// nets of Addrs.
 	Routes []Route
+	// Down leaves the interface as it is but for MTU and MAC address: it is
+	// for somebody else to configure. Addrs and Routes are of no matter then.
+	Down bool
 }
 
 // Route is one route through a [Link].

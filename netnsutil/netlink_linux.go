@@ -56,8 +56,10 @@ func configureLink(h *netlink.Handle, link Link) error {
 	if err != nil {
 		return fmt.Errorf("find interface %s: %w", link.Name, err)
 	}
-	hasIPv6 := slices.ContainsFunc(link.Addrs, func(p netip.Prefix) bool { return p.Addr().Is6() })
-	setIPv6Conf(link.Name, hasIPv6)
+	if !link.Down {
+		hasIPv6 := slices.ContainsFunc(link.Addrs, func(p netip.Prefix) bool { return p.Addr().Is6() })
+		setIPv6Conf(link.Name, hasIPv6)
+	}
 	if link.MTU != 0 {
 		if err := h.LinkSetMTU(l, link.MTU); err != nil {
 			return fmt.Errorf("set MTU of interface %s to %d: %w", link.Name, link.MTU, err)
@@ -72,6 +74,9 @@ func configureLink(h *netlink.Handle, link Link) error {
 		if err := h.LinkSetHardwareAddr(l, link.HardwareAddr); err != nil {
 			return fmt.Errorf("set MAC address of interface %s to %s: %w", link.Name, link.HardwareAddr, err)
 		}
+	}
+	if link.Down {
+		return nil
 	}
 	if err := linkUp(h, link.Name); err != nil {
 		return err

@@ -187,7 +187,7 @@ func TestARP(t *testing.T) {
 }
 
 func TestNDP(t *testing.T) {
-	w := newWire(t, Config{})
+	w := newWire(t, Config{RouterSolicit: func(netip.Addr) {}})
 	solicit := func(src, target netip.Addr) []byte {
 		l4 := make([]byte, 32)
 		l4[0], l4[24], l4[25] = ndpSolicit, 1, 1
@@ -210,6 +210,7 @@ func TestNDP(t *testing.T) {
 	require.Equal(t, gateway, p.src)
 	require.Equal(t, guest6, p.dst)
 	require.EqualValues(t, ndpAdvertise, p.l4[0])
+	require.EqualValues(t, 0xe0, p.l4[4], "a router, solicited, override")
 	require.Equal(t, defaultMAC[:], p.l4[26:32])
 }
 

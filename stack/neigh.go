@@ -55,9 +55,14 @@ func (e *endpoint) handleNDP(p *packet) {
 	if e.own[target] || target == p.src || target.IsMulticast() {
 		return
 	}
-	const solicited, override = 0x40, 0x20
+	const router, solicited, override = 0x80, 0x40, 0x20
 	reply := make([]byte, solicitLen+8)
 	reply[0], reply[4] = ndpAdvertise, solicited|override
+	if e.routerSolicit != nil {
+		// Whose answer says that it is no router is none any more: its
+		// default route goes (RFC 4861 §7.2.5).
+		reply[4] |= router
+	}
 	copy(reply[8:], p.l4[8:24])
 	reply[24], reply[25] = 2, 1 // target link-layer address, 8 bytes
 	copy(reply[26:], e.mac[:])

@@ -1,0 +1,129 @@
+package forward
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/gofwd/gofwd/netnsutil"
+	"github.com/gofwd/gofwd/stack"
+)
+
+// A container that configures itself: what it finds on the tap, and which
+// addresses it has in the end.
+
+// configure makes the container's end of the link what was planned, or leaves that
+// to the container.
+func (f *Forwarder) configure() error {
+	link := f.plan.link
+	if f.cfg.Network.Unconfigured {
+		link = netnsutil.Link{Name: link.Name, HardwareAddr: f.cfg.Network.MAC, Down: true}
+	}
+	return f.cfg.NetNS.Configure(link)
+}
+
+// offerServices puts the services before what cfg has already. They run when ready
+// is closed.
+func (f *Forwarder) offerServices(cfg *stack.Config, ready <-chan struct{}) {
+	s := f.services
+	if s == nil {
+		return
+	}
+	rest := cfg.UDP
+	cfg.UDP = func(d *stack.Datagram) {
+		switch {
+		case s.takes(d):
+			<-ready
+			s.answer(d)
+		case rest != nil:
+			rest(d)
+		}
+	}
+	if s.advertises() {
+		cfg.RouterSolicit = func(from netip.Addr) { <-ready; s.solicited(from) }
+	}
+}
+
+// guestAddrs are the addresses of a container that configures itself, as they are
+// now.
+type guestAddrs struct {
+	planned []netip.Addr                 // immutable
+	read    func() ([]netip.Addr, error) // immutable
+	watch   *netnsutil.HostWatch         // of the namespace; immutable
+	addrs   atomic.Pointer[[]netip.Addr]
+	wg      sync.WaitGroup
+}
+
+// watchGuest begins to follow the container's addresses; close ends that.
+func (f *Forwarder) watchGuest() error {
+	g := &guestAddrs{planned: f.plan.addrs.guest, read: f.readGuestAddrs}
+	err := f.cfg.NetNS.Do(func() (err error) {
+		g.watch, err = netnsutil.WatchHost()
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("follow the container's addresses: %w", err)
+	}
+	g.refresh()
+	g.wg.Add(1)
+	go g.follow()
+	f.guests = g
+	return nil
+}
+
+// readGuestAddrs reads the addresses of the container's end of the tap.
+func (f *Forwarder) readGuestAddrs() (addrs []netip.Addr, err error) {
+	err = f.cfg.NetNS.Do(func() error {
+		link, err := netnsutil.ReadLink(f.plan.link.Name)
+		for _, p := range link.Addrs {
+			addrs = append(addrs, p.Addr())
+		}
+		return err
+	})
+	return addrs, err
+}
+
+// guestAddrsPause is the least time between two looks, so that a container that
+// changes its addresses all the time is no work to speak of.
+const guestAddrsPause = 20 * time.Millisecond
+
+func (g *guestAddrs) follow() {
+	defer g.wg.Done()
+	for range g.watch.Changes() {
+		g.refresh()
+		time.Sleep(guestAddrsPause)
+	}
+}
+
+func (g *guestAddrs) refresh() {
+	// Without the interface, on its way out, there are none.
+	have, _ := g.read()
+	addrs := choose(g.planned, have)
+	g.addrs.Store(&addrs)
+}
+
+// list returns those that were planned first, if the container has them.
+func (g *guestAddrs) list() []netip.Addr { return *g.addrs.Load() }
+
+// close is idempotent, and may be called on nil.
+func (g *guestAddrs) close() {
+	if g != nil {
+		g.watch.Close()
+		g.wg.Wait()
+	}
+}
+
+// choose returns the addresses that the container has, those that were planned
+// first.
+func choose(planned, have []netip.Addr) []netip.Addr {
+	list := slices.DeleteFunc(slices.Clone(planned), func(a netip.Addr) bool { return !slices.Contains(have, a) })
+	for _, a := range have {
+		if !slices.Contains(planned, a) {
+			list = append(list, a)
+		}
+	}
+	return list
+}
