@@ -98,7 +98,7 @@ func TestPastaHelp(t *testing.T) {
 // pastaCommand is a row: a command in a namespace of its own.
 type pastaCommand struct {
 	options string // that it is about
-	args    string // DIR is a directory for files, PORT a free port
+	args    string // DIR is a directory for files, PORT a free port, ASK testdata/ask.sh
 	script  string // the command, for sh -c; "" is none
 	want    string // standard output matches
 	not     string // standard output does not match
@@ -179,6 +179,39 @@ var pastaCommands = []pastaCommand{
 	{options: "--freebind", args: "-t 192.0.2.123/PORT", script: "echo works", code: 1, stderr: `192\.0\.2\.123`},
 	{options: "--freebind", args: "--freebind -t 192.0.2.123/PORT", script: "echo works", want: `works`},
 
+	// What a container that configures itself is told.
+	{options: "--config-net", script: "ASK dhcp", want: `(?s)ip=198\.51\.100\.1\n.*mask=24\nmtu=65520\n.*router=198\.51\.100\.2\n`, not: `dns=|hostname=|search=`},
+	{options: "--mtu", args: "-m 1400", script: "ASK dhcp", want: `mtu=1400`},
+	{options: "--mtu", args: "-m 0", script: "ASK dhcp", want: `router=`, not: `mtu=`},
+	{options: "--address --gateway", args: "-a 192.0.2.77/28 -g 192.0.2.65", script: "ASK dhcp", want: `(?s)ip=192\.0\.2\.77\n.*mask=28\n.*router=192\.0\.2\.65\n`},
+	{options: "--dns --dhcp-dns", args: "-D 192.0.2.53 --dns 192.0.2.54 --dhcp-dns", script: "ASK dhcp", want: `dns=192\.0\.2\.53 192\.0\.2\.54\n`},
+	{options: "--dns", args: "-D 192.0.2.53", script: "ASK dhcp", want: `router=`, not: `dns=`},
+	{options: "--dns", args: "-D none --dhcp-dns", script: "ASK dhcp", want: `router=`, not: `dns=`},
+	{options: "--dns --dhcp-dns", args: "-D 2001:db8::53 --dhcp-dns", script: "ASK router", want: `DNS server +: 2001:db8::53`},
+	{options: "--search --dhcp-search", args: "-S a.test --dhcp-search", script: "ASK dhcp", want: `search=a\.test\n`},
+	{options: "--search --dhcp-search", args: "-S a.test --dhcp-search", script: "ASK router", want: `search list +: a\.test`, ours: "without nameservers it tells the routers' clients no domains"},
+	{options: "--search", args: "-S a.test", script: "ASK dhcp", want: `router=`, not: `search=`},
+	{options: "--hostname", args: "-H name7", script: "ASK dhcp", want: `hostname=name7\n`},
+	{options: "--hostname", args: "-H name7", script: "hostname", want: `^name7\n`},
+	{options: "--hostname", script: "hostname", want: `^pasta-`},
+	{options: "--fqdn", args: "--fqdn name7.test", script: "ASK dhcp", want: `opt81=04ffff056e616d65370474657374`},
+	{options: "--no-dhcp", args: "--no-dhcp", script: "ASK dhcp" + silently, want: `nothing`},
+	{options: "--no-ra", script: "ASK router", want: `Prefix +: 2001:db8:1::`},
+	{options: "--no-ra", args: "--no-ra", script: "ASK router" + silently, want: `nothing`},
+	{options: "--no-ra --config-net", args: "--config-net", script: "ASK router" + silently, want: `nothing`},
+	{options: "--no-dhcpv6", script: "ASK dhcpv6", want: `ia_addr1=2001:db8:1::11\n`},
+	{options: "--dns --dhcp-dns --fqdn", args: "-D 2001:db8::53 --dhcp-dns --fqdn name7.test", script: "ASK dhcpv6", want: `(?s)fqdn=name7\.test\n.*name_servers=2001:db8::53\n`},
+	{options: "--search --dhcp-search", args: "-S a.test --dhcp-search", script: "ASK dhcpv6", want: `domain_search=a\.test\n`},
+	{options: "--no-dhcpv6", args: "--no-dhcpv6", script: "ASK dhcpv6" + silently, want: `nothing`},
+	{options: "--no-ndp", args: "--config-net", script: "ping -q -c 1 2001:db8:1::3; ip neigh", want: ` 1 received`},
+	{options: "--no-ndp", args: "--config-net --no-ndp", script: "ping -q -c 1 -W 1 2001:db8:1::3; ip -6 neigh", want: `INCOMPLETE|FAILED`},
+	{options: "--no-ndp --no-icmp", args: "--config-net --no-icmp", script: "ping -q -c 1 -W 1 2001:db8:1::3; ip -6 neigh", want: `INCOMPLETE|FAILED`},
+	{options: "--mac-addr", args: "--config-net -M 9a:55:9a:55:9a:56", script: "ping -q -c 1 198.51.100.2 >&2; ip neigh show 198.51.100.2", want: `9a:55:9a:55:9a:56`},
+	{options: "--ns-mac-addr", args: "--ns-mac-addr 9a:55:9a:55:9a:58", script: "ip -o link show eth0", want: `9a:55:9a:55:9a:58`, not: `[<,]UP`},
+	{options: "--ns-mac-addr", args: "--config-net --ns-mac-addr 9a:55:9a:55:9a:58", script: "ip -o link show eth0", want: `(?s)[<,]UP.*9a:55:9a:55:9a:58`},
+	{options: "--mac-addr", args: "-M 9a:55", script: "true", code: 1, stderr: `9a:55`},
+	{options: "--dns", args: "-D nonsense", script: "true", code: 1, stderr: `nonsense`},
+
 	// The command line as getopt_long(3) has it, and exit codes.
 	{args: "--ns-if=foo8 --config-n", script: "ip -o link", want: `foo8`},
 	{args: "-4Ifoo9", script: "ip -o link", want: `foo9`},
@@ -195,21 +228,8 @@ var pastaCommands = []pastaCommand{
 	{args: "--no-pidns", script: "kill -9 $$", code: 128 + 9},
 }
 
-// pastaRefused are options that gofwd does not do, and says so.
+// pastaRefused are options of passt(1), which pasta refuses as well.
 var pastaRefused = []pastaCommand{
-	{options: "--mac-addr", args: "-M 9a:55:9a:55:9a:56"},
-	{options: "--ns-mac-addr", args: "--ns-mac-addr 9a:55:9a:55:9a:57"},
-	{options: "--dns", args: "-D 192.0.2.53"},
-	{options: "--search", args: "-S test"},
-	{options: "--hostname", args: "-H name"},
-	{options: "--fqdn", args: "--fqdn name.test"},
-	{options: "--dhcp-dns", args: "--dhcp-dns"},
-	{options: "--dhcp-search", args: "--dhcp-search"},
-	{options: "--no-dhcp", args: "--no-dhcp"},
-	{options: "--no-ndp", args: "--no-ndp"},
-	{options: "--no-dhcpv6", args: "--no-dhcpv6"},
-	{options: "--no-ra", args: "--no-ra"},
-	// Of passt(1), by pasta too.
 	{args: "-s DIR/socket"},
 	{args: "--one-off"},
 	{args: "--repair-path DIR/socket"},
@@ -222,7 +242,7 @@ var pastaRefused = []pastaCommand{
 // TestPastaCommands runs each row.
 func TestPastaCommands(t *testing.T) {
 	t.Parallel()
-	need(t, "socat", "ping")
+	need(t, "socat", "ping", "udhcpc", "dhcpcd", "rdisc6")
 	tp := newTopo(t)
 	tp.host.ip(t, `
 		route add 198.18.0.0/15 via 198.51.100.3
@@ -276,7 +296,9 @@ func (p pastaProgram) run(t *testing.T, n *node, args, script string) result {
 	if p.real() {
 		port = "8089" // both run at once
 	}
-	given := strings.NewReplacer("DIR", t.TempDir(), "PORT", port)
+	wd, err := os.Getwd()
+	require.NoError(t, err)
+	given := strings.NewReplacer("DIR", t.TempDir(), "PORT", port, "ASK", filepath.Join(wd, "testdata/ask.sh"))
 	argv := []string{p.path}
 	if script != "" {
 		argv = append(argv, noPortsBut(args)...)

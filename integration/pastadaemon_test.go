@@ -58,14 +58,22 @@ var pastaDaemons = []pastaDaemon{
 	{"--splice-only", "publishes to the loopback alone", pastaSpliceOnly},
 	{"--conf-path", "serves pesto", pastaPesto},
 	{"", "exits with 1 when a port is busy", pastaBusy},
+	{"", "serves a container that configures itself", pastaSelfConfigured},
+	{"--no-splice", "serves it by the tap", pastaSelfConfiguredTap},
 }
 
-// pasta starts the program for the container, and returns its pid once it is in the
-// background.
+// pasta starts the program for the container, which it configures, and returns its
+// pid once it is in the background.
 func (tp *topo) pasta(t *testing.T, p pastaProgram, opts ...string) int {
 	t.Helper()
+	return tp.barePasta(t, p, append([]string{"--config-net"}, opts...)...)
+}
+
+// barePasta is pasta for a container that configures itself.
+func (tp *topo) barePasta(t *testing.T, p pastaProgram, opts ...string) int {
+	t.Helper()
 	file := filepath.Join(t.TempDir(), "pid")
-	argv := slices.Concat([]string{p.path, "--config-net", "-P", file}, noPortsBut(strings.Join(opts, " ")), opts)
+	argv := slices.Concat([]string{p.path, "-P", file}, noPortsBut(strings.Join(opts, " ")), opts)
 	if !slices.Contains(opts, "--userns") && !slices.Contains(opts, "--") {
 		argv = append(argv, "--netns", tp.ctr.path)
 	}

@@ -23,7 +23,8 @@ type command struct {
 	ns         *netnsutil.NS
 	resolvConf []byte // instead of /etc/resolv.conf; nil leaves it
 	detached   bool
-	pidNS      bool // is the first process of a PID namespace
+	pidNS      bool   // is the first process of a PID namespace
+	hostname   string // of that namespace, see isolate
 	log        *slog.Logger
 
 	cmd     *exec.Cmd
@@ -58,7 +59,7 @@ func (c *command) start() error {
 	}
 	c.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if c.pidNS {
-		isolate(c.cmd)
+		isolate(c.cmd, c.hostname)
 	}
 	c.done = make(chan error, 1)
 	started := make(chan error)

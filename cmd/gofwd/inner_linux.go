@@ -289,6 +289,7 @@ func (i *inner) run(ctx context.Context, argv []string) error {
 		resolvConf: i.resolvConf(),
 		detached:   i.opts.detachedFD >= 0,
 		pidNS:      i.opts.pidNS,
+		hostname:   i.opts.config.Network.Services.Hostname,
 		log:        i.log,
 	}
 	if err := cmd.start(); err != nil {

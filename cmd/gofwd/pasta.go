@@ -87,6 +87,7 @@ type pasta struct {
 	help, version bool
 	foreground    bool
 	configNet     bool
+	services      pastaServices
 	noCopyAddrs   bool
 	noCopyRoutes  bool
 	noMapGW       bool
@@ -229,7 +230,7 @@ func (p *pasta) completeNetwork() error {
 	if err != nil {
 		return err
 	}
-	network.CopyHost, network.HostIfName = p.configNet, p.template
+	network.CopyHost, network.HostIfName = true, p.template
 	if network.IfName == "" {
 		network.IfName = host.Name // may be ""
 	}
@@ -253,6 +254,7 @@ func (p *pasta) completeNetwork() error {
 	}
 	network.NoHostAlias = len(network.HostAlias) == 0
 	network.NoDNS = len(network.DNS) == 0
+	p.completeServices()
 	return nil
 }
 

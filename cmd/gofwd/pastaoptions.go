@@ -90,44 +90,27 @@ func (p *pasta) options() []longOption {
 		{"no-udp", 0, false, flag(&cfg.NoUDP)},
 		{"no-icmp", 0, false, flag(&cfg.NoICMP)},
 	}
-	return append(list, p.refused()...)
+	return slices.Concat(list, p.serviceOptions(), p.refused())
 }
 
-// refused are the options that pasta(1) has, or passt(1), and gofwd does not do.
+// refused are the options of passt(1), which pasta has and refuses.
 func (p *pasta) refused() []longOption {
-	refuse := func(name string, letter byte, hasArg bool, why string) longOption {
+	refuse := func(name string, letter byte, hasArg bool) longOption {
 		return longOption{name, letter, hasArg, func(string) error {
-			return fmt.Errorf("--%s: %s", name, why)
+			return fmt.Errorf("--%s: is for passt mode only", name)
 		}}
 	}
-	const (
-		vm      = "is for passt mode only"
-		notDone = "gofwd does not do this"
-	)
 	return []longOption{
-		refuse("socket", 's', true, vm),
-		refuse("socket-path", 0, true, vm),
-		refuse("one-off", '1', false, vm),
-		refuse("vhost-user", 0, false, vm),
-		refuse("print-capabilities", 0, false, vm),
-		refuse("repair-path", 0, true, vm),
-		refuse("migrate-exit", 0, false, vm),
-		refuse("migrate-no-linger", 0, false, vm),
-		refuse("no-dhcp-dns", 0, false, vm),
-		refuse("no-dhcp-search", 0, false, vm),
-
-		refuse("mac-addr", 'M', true, notDone),
-		refuse("ns-mac-addr", 0, true, notDone),
-		refuse("dns", 'D', true, notDone),
-		refuse("search", 'S', true, notDone),
-		refuse("dhcp-dns", 0, false, notDone),
-		refuse("dhcp-search", 0, false, notDone),
-		refuse("no-dhcp", 0, false, notDone),
-		refuse("no-dhcpv6", 0, false, notDone),
-		refuse("no-ndp", 0, false, notDone),
-		refuse("no-ra", 0, false, notDone),
-		refuse("hostname", 'H', true, notDone),
-		refuse("fqdn", 0, true, notDone),
+		refuse("socket", 's', true),
+		refuse("socket-path", 0, true),
+		refuse("one-off", '1', false),
+		refuse("vhost-user", 0, false),
+		refuse("print-capabilities", 0, false),
+		refuse("repair-path", 0, true),
+		refuse("migrate-exit", 0, false),
+		refuse("migrate-no-linger", 0, false),
+		refuse("no-dhcp-dns", 0, false),
+		refuse("no-dhcp-search", 0, false),
 	}
 }
 

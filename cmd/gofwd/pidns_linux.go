@@ -19,8 +19,9 @@ import (
 const execOption = "--exec"
 
 // isolate makes cmd, which is complete, one of gofwd to start in new namespaces.
-func isolate(cmd *exec.Cmd) {
-	cmd.Args = append([]string{os.Args[0], execOption, cmd.Path}, cmd.Args...)
+// hostname is that of the host in there; "" is the host's with pasta- before it.
+func isolate(cmd *exec.Cmd, hostname string) {
+	cmd.Args = append([]string{os.Args[0], execOption, hostname, cmd.Path}, cmd.Args...)
 	cmd.Path = "/proc/self/exe"
 	cmd.SysProcAttr.Cloneflags = unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS
 }
@@ -28,7 +29,7 @@ func isolate(cmd *exec.Cmd) {
 // becomeCommand is what runs then: words are those behind execOption. It returns
 // only with an error.
 func becomeCommand(words []string) error {
-	if len(words) < 2 {
+	if len(words) < 3 {
 		return fmt.Errorf("%s: no command", execOption)
 	}
 	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
@@ -36,8 +37,11 @@ func becomeCommand(words []string) error {
 		// in fs/namespace.c).
 		fmt.Fprintf(os.Stderr, "the command sees the host's /proc: mount: %v\n", err)
 	}
-	if host, err := os.Hostname(); err == nil {
-		name := "pasta-" + host
+	name, words := words[0], words[1:]
+	if host, err := os.Hostname(); err == nil && name == "" {
+		name = "pasta-" + host
+	}
+	if name != "" {
 		_ = unix.Sethostname([]byte(name[:min(len(name), 64)])) // HOST_NAME_MAX
 	}
 	return notRunnable(words[1], os.NewSyscallError("exec", unix.Exec(words[0], words[1:], os.Environ())))
