@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 	"time"
 
@@ -151,6 +152,10 @@ func (i *inner) start(ctx context.Context) error {
 		return err
 	}
 	i.forwarder = f
+	// The forwarder's threads, one for each processor, sleep in epoll_wait(2).
+	// Where no processor of the runtime's is idle then, its monitor wakes up every
+	// 20 µs to take theirs away (retake in runtime/proc.go).
+	runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
 	i.ended = make(chan error, 1)
 	go i.waitForwarder()
 	i.server = control.NewServer(control.Config{Forwarder: f, Version: readVersion().Version, Reload: i.reloader(), Logger: i.log})
