@@ -20,6 +20,7 @@ type splicedHalf struct {
 	bulk     bool // the last read filled the buffer
 	fills    int  // how often in a row a small pipe was filled
 	hup      bool // src has sent, or lost, its last byte (EPOLLRDHUP)
+	last     bool // the other direction is done: close(2) will tell dst
 	eof      bool // and it was read
 	done     bool // and dst was told
 
@@ -83,6 +84,9 @@ func (h *splicedHalf) step(pipes *pipePool, buf []byte) (waits, *spliceError) {
 	case h.eof:
 		h.release(pipes)
 		h.done = true
+		if h.last {
+			return waitsNone, nil
+		}
 		// ENOTCONN: dst was reset, as its own half will see.
 		if err := unix.Shutdown(h.dst, unix.SHUT_WR); err != nil && err != unix.ENOTCONN {
 			return 0, &spliceError{err, true}

@@ -428,6 +428,7 @@ func (f *splicedFlow) ready(l *spliceLoop, side int, events uint32) {
 func (f *splicedFlow) advance(l *spliceLoop, side int) {
 	h := &f.halves[side]
 	before := h.moved
+	h.last = f.wait[1-side] == waitsNone
 	w, err := h.run(&l.s.pipes, l.buf[:])
 	if n := h.moved - before; n > 0 {
 		if side == 0 {
