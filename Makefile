@@ -101,8 +101,12 @@ test-podman: ## under real rootless Podman 5.4, as root; see integration/podman/
 .PHONY: test-podman
 
 test-podman-all: ## the same under Podman 5.4, 5.8 and 6.1
-	PODMAN_SUITES="trixie sid experimental" go test -tags podman -count=1 -v -timeout 30m ./integration/podman
+	PODMAN_SUITES="trixie sid experimental" go test -tags podman -count=1 -v -timeout 30m ./integration/podman $(PODMAN_FLAGS)
 .PHONY: test-podman-all
+
+test-podman-readme: PODMAN_FLAGS = -readme
+test-podman-readme: test-podman-all ## the same, with the tables of README.md
+.PHONY: test-podman-readme
 
 lint: ## golangci-lint, gofumpt, and a tidy go.mod
 	go mod tidy -diff

@@ -36,7 +36,6 @@ const skipVar = "GOFWD_SKIP_PODMAN"
 type lab struct {
 	suite    string
 	ours     bool // gofwd is the helper
-	dir      string
 	version  string
 	client   *netnsutil.NS
 	host     *netnsutil.NS
@@ -74,6 +73,11 @@ func TestMain(m *testing.M) {
 func setUp() error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("it takes root to build one; Podman itself runs as an ordinary user there")
+	}
+	for _, tool := range []string{"curl", "dnsmasq", "ip", "nft", "nsenter", "ss", "tshark"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			return err
+		}
 	}
 	setup := exec.Command("lab/setup.sh", suites()...)
 	setup.Stdout, setup.Stderr = os.Stdout, os.Stderr

@@ -30,21 +30,6 @@ func (l *lab) answers(t *testing.T) {
 	}, 5*time.Second, 20*time.Millisecond)
 }
 
-// The next helper must never meet the ports of the last one.
-func TestRestart(t *testing.T) {
-	eachSuite(t, func(t *testing.T, l *lab) {
-		for _, network := range []string{"pasta", "lab4"} {
-			l.network(t, "lab4")
-			l.clean(t)
-			l.run(t, "podman", "run", "-d", "--name", "web", "--network="+network, "-p", "8080:80", "localhost/web")
-			for range 20 {
-				l.run(t, "podman", "restart", "--time", "0", "web")
-			}
-			l.answers(t)
-		}
-	})
-}
-
 // A busy port is an error of podman run that names who has it.
 func TestBusyPort(t *testing.T) {
 	eachSuite(t, func(t *testing.T, l *lab) {
@@ -54,20 +39,6 @@ func TestBusyPort(t *testing.T) {
 			_, err := l.try("podman", "run", "-d", "--network="+network, "-p", "8080:80", "localhost/web")
 			require.ErrorContains(t, err, "bind host port 8080/tcp: in use by ")
 		}
-	})
-}
-
-// A container that changes its network keeps its ports.
-func TestNetworkConnect(t *testing.T) {
-	eachSuite(t, func(t *testing.T, l *lab) {
-		l.network(t, "lab4")
-		l.network(t, "lab46", "--ipv6")
-		l.run(t, "podman", "run", "-d", "--name", "web", "--network=lab4", "-p", "8080:80", "localhost/web")
-		l.answers(t)
-		l.run(t, "podman", "network", "connect", "lab46", "web")
-		l.answers(t)
-		l.run(t, "podman", "network", "disconnect", "lab4", "web")
-		l.answers(t)
 	})
 }
 
