@@ -43,6 +43,7 @@ publish = [
 tcp-ns = "5432"
 mtu = 9000
 no-icmp = true
+multicast = ["224.0.0.251", "ff02::fb%eth0"]
 address = ["10.9.0.5/16", "fd00::5/64"]
 deny = ["host", "*:25"]
 `
@@ -51,6 +52,7 @@ deny = ["host", "*:25"]
 	require.Equal(t, []string{"8443:443/tcp", "8080:80/tcp", "127.0.0.1:5353:53/udp", "5432:5432/tcp,out"}, ruleTexts(o.config.Rules))
 	require.Equal(t, 1400, o.config.Network.MTU, "the command line wins")
 	require.True(t, o.config.NoICMP)
+	require.Len(t, o.config.Multicast, 2)
 	require.Len(t, o.config.Network.Addrs, 2)
 	require.Len(t, o.config.Deny, 2)
 

@@ -75,6 +75,11 @@ func TestFlags(t *testing.T) {
 				{Dir: forward.Out, Proto: forward.UDP, Ports: ports(123), TargetPorts: ports(123)},
 			}
 		}, nil},
+		{[]string{"--multicast", "224.0.0.251%eth0,ff02::fb%eth0", "--multicast=239.255.255.250"}, func(c *forward.Config) {
+			c.Multicast = []forward.Group{
+				{Addr: addr("224.0.0.251"), Iface: "eth0"}, {Addr: addr("ff02::fb"), Iface: "eth0"}, {Addr: addr("239.255.255.250")},
+			}
+		}, nil},
 		// The options of COMMAND are COMMAND's.
 		{[]string{"-4", "--", "ls", "-l"}, func(c *forward.Config) { c.Network.NoIPv6 = true }, []string{"ls", "-l"}},
 		{[]string{"ls", "-4", "--", "x"}, func(*forward.Config) {}, []string{"ls", "-4", "--", "x"}},
@@ -103,6 +108,7 @@ func TestFlagsRefused(t *testing.T) {
 		{[]string{"--gateway", "fe80::1%eth0"}, `"fe80::1%eth0"`},
 		{[]string{"--gateway", "none"}, `"none"`},
 		{[]string{"--host-alias", "x"}, `"x"`},
+		{[]string{"--multicast", "224.0.0.251,192.0.2.1"}, `"192.0.2.1"`},
 		{[]string{"--mtu", "67"}, "67"},
 		{[]string{"--mtu", "65522"}, "65522"},
 		{[]string{"--mtu", "big"}, `"big"`},
