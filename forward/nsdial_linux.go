@@ -17,9 +17,10 @@ import (
 // back to them is netnsutil's ([netnsutil.KernelPath]).
 //
 // Making a socket takes a thread in the namespace. The splicer's are, and an
-// inbound connection is served by one of them from accept(2) to the end; no
-// socket is made ahead of time, since a socket with its options costs 2 µs
-// either way, and a thread hop 15 to 50 µs ([netnsutil.NS.Do]).
+// inbound connection is served by one of them from accept(2) to the end. No
+// socket is made ahead of time: it would be made by the same threads, and is a
+// small part of a connection (BenchmarkTransparentSocket, against
+// BenchmarkSplicerConnections).
 type nsDialer struct {
 	ns   *netnsutil.NS
 	mark uint32 // SO_MARK, [netnsutil.KernelPath.Mark]
@@ -69,8 +70,24 @@ func (d nsDialer) connect(src, dst netip.AddrPort) (fd int, err error) {
 }
 
 func (d nsDialer) connectFrom(src, dst netip.AddrPort) (fd int, err error) {
+	if fd, err = d.open(dst.Addr().Is4(), src.Port() == 0); err != nil {
+		return -1, err
+	}
+	if err = os.NewSyscallError("bind", unix.Bind(fd, toSockaddr(src))); err == nil {
+		err = beginConnect(fd, dst)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// open makes a socket, on a thread in the namespace, to be bound to a port of a
+// client or, if anyPort is set, to one that connect(2) chooses.
+func (d nsDialer) open(is4, anyPort bool) (fd int, err error) {
 	family, level, transparent := unix.AF_INET6, unix.SOL_IPV6, unix.IPV6_TRANSPARENT
-	if dst.Addr().Is4() {
+	if is4 {
 		family, level, transparent = unix.AF_INET, unix.SOL_IP, unix.IP_TRANSPARENT
 	}
 	options := [...]option{
@@ -81,21 +98,13 @@ func (d nsDialer) connectFrom(src, dst netip.AddrPort) (fd int, err error) {
 		// or in TIME_WAIT, can't be bound.
 		{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1},
 	}
-	if src.Port() == 0 {
-		// connect(2) chooses the port, and needs only the whole 4-tuple to
-		// be free (ip(7)).
+	if anyPort { // which needs only the whole 4-tuple to be free (ip(7))
 		options[3] = option{unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1}
 	}
 	if fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP); err != nil {
 		return -1, os.NewSyscallError("socket", err)
 	}
-	if err = setOptions(fd, options[:]); err == nil {
-		err = os.NewSyscallError("bind", unix.Bind(fd, toSockaddr(src)))
-	}
-	if err == nil {
-		err = beginConnect(fd, dst)
-	}
-	if err != nil {
+	if err = setOptions(fd, options[:]); err != nil {
 		unix.Close(fd)
 		return -1, err
 	}

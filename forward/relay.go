@@ -22,6 +22,9 @@ import (
 // Each direction is a goroutine, and copies with the best means that its two
 // ends have in common: see copyHalf. After the FIN of an end its goroutine
 // waits for a RST, which would otherwise be noticed only by the next write.
+//
+// It is for the tap path and all else that is not two sockets of the kernel: see
+// [splicer].
 type relay struct {
 	outer, inner flowConn
 	rule         *activeRule   // nil if no rule made it

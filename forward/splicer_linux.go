@@ -23,8 +23,17 @@ import (
 // goroutine: from the event to the system call that answers it nothing is
 // scheduled.
 //
-// Against two goroutines and io.Copy for each flow, a prototype took less processor
-// time for short exchanges, and some 10 % more for bulk.
+// What that gains over goroutines, BenchmarkSplicerConnections measures: half of the
+// processor time of a short connection. Over io.Copy, which splices as well, there is
+// nothing to gain for bulk (BenchmarkSplicer) but the user's ration of pipes: a
+// flow holds one only while something waits in it.
+//
+// The other way to relay is [relay], for every pair of ends that are not both
+// sockets of the kernel, and for what a loop does not do: a connection of the
+// stack (the tap path), a UNIX socket, a PROXY header before the first byte, an
+// idle limit. Where those end in two plain sockets after all, [tcpEngine.relay]
+// gives them to the splicer, too. The two agree on what an end hears of the other,
+// and on the words for how a flow ends.
 type splicer struct {
 	loops []*spliceLoop
 	next  atomic.Uint32
