@@ -108,8 +108,10 @@ func listenTransparent(addr netip.Addr, mark uint32) (fd int, err error) {
 		err = os.NewSyscallError("bind", unix.Bind(fd, toSockaddr(netip.AddrPortFrom(addr, 0))))
 	}
 	// What is accepted has the port that the container called as its own, and
-	// would keep the container from listening on it. Not before bind, which
-	// would take a port then that others have.
+	// would keep the container from listening on it; so it does if the
+	// container's server lacks the option, too, and wants every address: see
+	// TestContainerBindsAPortOfOurSockets. Not before bind, which would take a
+	// port then that others have.
 	if err == nil {
 		err = setOptions(fd, []option{{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1}})
 	}

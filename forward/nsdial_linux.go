@@ -95,7 +95,8 @@ func (d nsDialer) open(is4, anyPort bool) (fd int, err error) {
 		{unix.SOL_SOCKET, unix.SO_MARK, int(d.mark)},
 		{unix.IPPROTO_TCP, unix.TCP_NODELAY, 1},
 		// Without, a client port that is in use anywhere in the namespace,
-		// or in TIME_WAIT, can't be bound.
+		// or in TIME_WAIT, can't be bound, nor the container's server on the
+		// port of a client. What remains: TestContainerBindsAPortOfOurSockets.
 		{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1},
 	}
 	if anyPort { // which needs only the whole 4-tuple to be free (ip(7))
