@@ -60,7 +60,7 @@ in and out.`,
 		},
 	}
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON: an array, or with NAME an object")
-	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show rates too, again and again until ^C: in place on a terminal")
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "show rates too, again and again until ^C or q: in place on a terminal")
 	return cmd
 }
 

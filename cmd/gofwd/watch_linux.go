@@ -32,12 +32,25 @@ type watchedForward struct {
 	id       int
 }
 
-// watch shows status until ctx ends: in place on a terminal, one table after the
-// other elsewhere.
+// watch shows status until ctx ends or q is typed: in place on a terminal, one table
+// after the other elsewhere.
 func (v *watcher) watch(ctx context.Context, w io.Writer) error {
-	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM)
+	ctx, stop := signal.NotifyContext(ctx, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
 	defer stop()
-	terminal := isTerminal(w)
+	draw := func(text []byte) error {
+		_, err := fmt.Fprintf(w, "%s\n", text)
+		return err
+	}
+	var quit chan struct{}
+	var resized chan os.Signal
+	if isTerminal(w) {
+		s, err := openScreen(w.(*os.File), os.Stdin)
+		if err != nil {
+			return fmt.Errorf("take over the terminal: %w", err)
+		}
+		defer s.close()
+		draw, quit, resized = s.draw, s.quit, s.resized
+	}
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
 	for {
@@ -50,21 +63,20 @@ func (v *watcher) watch(ctx context.Context, w io.Writer) error {
 		}
 		var b bytes.Buffer
 		v.print(&b, all, time.Now())
-		if terminal {
-			// Home; each line to its end, and what is below, erased: nothing
-			// flickers, as it would if the whole screen were.
-			text := bytes.ReplaceAll(b.Bytes(), []byte("\n"), []byte("\x1b[K\n"))
-			_, err = fmt.Fprintf(w, "\x1b[H%s\x1b[J", text)
-		} else {
-			_, err = fmt.Fprintf(w, "%s\n", b.Bytes())
-		}
-		if err != nil {
-			return nil //nolint:nilerr // the reader has gone
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-tick.C:
+		again := true
+		for again {
+			if draw(b.Bytes()) != nil {
+				return nil // the reader has gone
+			}
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-quit:
+				return nil
+			case <-resized:
+			case <-tick.C:
+				again = false
+			}
 		}
 	}
 }
