@@ -97,10 +97,10 @@ test-pasta: ## our pasta beside pasta itself, of PASTA, or the newest that Debia
 .PHONY: test-pasta
 
 test-podman: ## under real rootless Podman 5.4, as root; see integration/podman/doc.go
-	go test -tags podman -count=1 -v ./integration/podman
+	go test -tags podman -count=1 -v -short ./integration/podman
 .PHONY: test-podman
 
-test-podman-all: ## the same under Podman 5.4, 5.8 and 6.1
+test-podman-all: ## under Podman 5.4, 5.8 and 6.1, and all of it with Podman's own helpers too
 	PODMAN_SUITES="trixie sid experimental" go test -tags podman -count=1 -v -timeout 30m ./integration/podman $(PODMAN_FLAGS)
 .PHONY: test-podman-all
 

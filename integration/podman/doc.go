@@ -8,6 +8,6 @@
 // the build tag podman:
 //
 //	make test-podman           Podman 5.4
-//	make test-podman-all       5.4, 5.8 and 6.1
+//	make test-podman-all       5.4, 5.8 and 6.1, and all of it with Podman's own helpers too
 //	make test-podman-readme    the same, and its tables go into README.md
 package podman
