@@ -34,7 +34,7 @@ type Services struct {
 	RouterAdvert bool
 	// NoMTU leaves the MTU to the container.
 	NoMTU bool
-	// DNS are the nameservers to tell, not more than 8 of each family.
+	// DNS are the nameservers to tell, the first 8 of each family.
 	DNS []netip.Addr
 	// Search are the domains in which to look for names. What is none, or does
 	// not fit into 512 bytes with those before it, is left out.
