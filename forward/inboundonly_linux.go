@@ -75,6 +75,11 @@ func (in *inboundNS) guests() []netip.Addr { return *in.addrs.Load() }
 // listenUDP is udpConfig.Inside: a socket bound to src, which may be anybody's
 // address, and connected to dst, so that the client may have another flow from the
 // same port. Where the port is taken, it gets another one.
+//
+// Where there is a tap, UDP takes that. It keeps the client's address as well, costs
+// the same for single datagrams and less for many, which it joins
+// (BenchmarkUDPInbound), and a new client
+// costs it neither a socket nor two changes of the namespace's routes.
 func (in *inboundNS) listenUDP(src, dst netip.AddrPort) (*net.UDPConn, error) {
 	if dst.Addr().IsLoopback() {
 		return in.local.listenUDP(src, dst)

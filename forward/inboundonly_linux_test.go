@@ -16,9 +16,9 @@ import (
 )
 
 // joinBridge gives ns a network, as a container on a bridge has it.
-func joinBridge(t *testing.T, ns *netnsutil.NS, guest4, guest6 string) {
+func joinBridge(t testing.TB, ns *netnsutil.NS, guest4, guest6 string) {
 	t.Helper()
-	within(t, ns, func() {
+	require.NoError(t, ns.Do(func() error {
 		ip(t, "link set lo up")
 		ip(t, "link add eth0 type veth peer name eth1")
 		ip(t, "link set eth0 up")
@@ -27,7 +27,8 @@ func joinBridge(t *testing.T, ns *netnsutil.NS, guest4, guest6 string) {
 		ip(t, "addr add "+guest6+"/64 dev eth0 nodad")
 		ip(t, "route add default via 10.89.0.1")
 		ip(t, "-6 route add default via fd00:89::1")
-	})
+		return nil
+	}))
 }
 
 // A container on a bridge sees its clients' addresses, without a tap, over TCP and
