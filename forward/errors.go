@@ -101,7 +101,7 @@ func filesHint() string {
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		return ""
 	}
-	return fmt.Sprintf("the limit of open files is %d, and each port takes one: raise it (ulimit -n, LimitNOFILE= in a unit) or publish fewer ports", limit.Cur)
+	return fmt.Sprintf("the limit of open files is %d, and each port takes one, each connection two: raise it (ulimit -n, LimitNOFILE= in a unit) or publish fewer ports", limit.Cur)
 }
 
 // tunHint says how to come by a tap.

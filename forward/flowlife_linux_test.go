@@ -236,6 +236,7 @@ func TestNoDescriptorsLeft(t *testing.T) {
 		if path == Kernel {
 			_, err := unix.Read(fd, make([]byte, 1))
 			require.ErrorIs(t, err, unix.ECONNRESET)
+			require.Eventually(t, func() bool { return f.Status().Rules[0].Refused == 1 }, time.Second, time.Millisecond)
 			require.Contains(t, log.String(), "too many open files")
 			require.Contains(t, log.String(), "raise it (ulimit -n, LimitNOFILE= in a unit)")
 		}

@@ -539,8 +539,8 @@ func (f *Forwarder) Close() error {
 type Traffic struct {
 	Active int64 `json:"active"`
 	Total  int64 `json:"total"`
-	// Refused counts what a limit of the forward refused, which is not in
-	// Total.
+	// Refused counts what a limit of the forward refused, or for want of
+	// descriptors, which is not in Total.
 	Refused int64 `json:"refused,omitempty"`
 	// BytesIn went into the namespace, BytesOut came out of it.
 	BytesIn  int64 `json:"bytes_in"`

@@ -89,6 +89,7 @@ func (a *acceptor) ready(l *spliceLoop, _ int, _ uint32) {
 				time.Sleep(time.Millisecond) // the client waits in the backlog
 				return
 			}
+			a.to.Load().list[0].rule.refused.Add(1)
 		default: // about one connection, which has gone already: accept(2)
 		}
 	}
