@@ -35,7 +35,8 @@ const skipVar = "GOFWD_SKIP_PODMAN"
 // lab is one version of Podman.
 type lab struct {
 	suite    string
-	ours     bool // gofwd is the helper
+	ours     bool   // gofwd is the helper
+	conf     string // a file of Podman's configuration on top of the lab's, if any
 	version  string
 	client   *netnsutil.NS
 	host     *netnsutil.NS
@@ -93,7 +94,7 @@ func setUp() error {
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("build gofwd: %w\n%s", err, out)
 	}
-	for _, name := range []string{"pasta", "rootlessport"} {
+	for _, name := range []string{"pasta", "rootlessport", "pesto"} {
 		link := filepath.Join(bin, name)
 		_ = os.Remove(link)
 		if err := os.Symlink("gofwd", link); err != nil {
@@ -148,6 +149,9 @@ func (l *lab) cmd(argv ...string) *exec.Cmd {
 	env := ""
 	if l.ours {
 		env = "CONTAINERS_HELPER_BINARY_DIR=/shared/bin PATH=/shared/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+	}
+	if l.conf != "" {
+		env += " CONTAINERS_CONF_OVERRIDE=" + l.conf
 	}
 	cmd.Env = append(os.Environ(), "LAB_NETNS=labhost", "LAB_ENV="+env)
 	return cmd

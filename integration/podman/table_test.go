@@ -21,7 +21,7 @@ import (
 var updateREADME = flag.Bool("readme", false, "write the tables into README.md")
 
 // What containers call the host.
-const alias4, alias6 = "169.254.1.2", "fd67:6f66:7764::1"
+const alias4, alias6, ulaAlias6 = "169.254.1.2", "fd67:6f66:7764::1", "fc00::2"
 
 // clients are the columns of the table.
 var clients = []struct {
@@ -48,6 +48,12 @@ type networkMode struct {
 	// copied says that the container has the host's addresses, so that a
 	// client there is seen as the alias.
 	copied bool
+	// ula6 says that Podman gives it an IPv6 address and a host alias of its
+	// own all the same.
+	ula6 bool
+	// conf is a file of Podman's configuration that it takes, if any, which
+	// suite alone has.
+	conf, suite string
 	// only4 says that the container has no IPv6 address.
 	only4 bool
 }
@@ -80,6 +86,11 @@ var networkModes = []networkMode{
 		l.network(t, "lab46", "--ipv6")
 		runWith("--network=lab46")(t, l)
 	}},
+	{name: "bridge, dual stack, by pesto", conf: "/tools/pesto.conf", suite: "experimental", copied: true, ula6: true, start: func(t *testing.T, l *lab) {
+		t.Helper()
+		l.network(t, "lab46", "--ipv6")
+		runWith("--network=lab46")(t, l)
+	}},
 	{name: "`ns:PATH`", oursOnly: true, start: func(t *testing.T, l *lab) {
 		t.Helper()
 		path := l.run(t, "gofwd", "netns", "add", "web")
@@ -101,7 +112,9 @@ func (m networkMode) want(column int) netip.Addr {
 	switch {
 	case m.only4 && !is4:
 		return netip.MustParseAddr(alias4)
-	case c.remote || !m.copied:
+	case m.ula6 && !is4 && want == netip.MustParseAddr(alias6):
+		return netip.MustParseAddr(ulaAlias6)
+	case c.remote || !m.copied || m.ula6 && !is4:
 		return want
 	case is4:
 		return netip.MustParseAddr(alias4)
@@ -123,7 +136,7 @@ func (c cell) role(column int, container string) string {
 		own = clients[column].own
 	}
 	role, known := map[string]string{
-		alias4: "host alias", alias6: "host alias",
+		alias4: "host alias", alias6: "host alias", ulaAlias6: "host alias",
 		host4: "the host's address", host6: "the host's address",
 		client4: "the gateway's address", client6: "the gateway's address",
 	}[c.saw.String()]
@@ -150,7 +163,12 @@ func (c cell) role(column int, container string) string {
 // checked.
 func (m networkMode) ask(t *testing.T, l *lab) (rows []row) {
 	t.Helper()
+	if m.suite != "" && m.suite != l.suite {
+		return nil
+	}
 	l.clean(t)
+	l.conf = m.conf
+	defer func() { l.conf = "" }()
 	m.start(t, l)
 	defer l.clean(t)
 	container, _ := l.try("podman", "inspect", "--format", // a pod has no container "web"
