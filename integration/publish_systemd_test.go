@@ -76,7 +76,7 @@ func newCgroup(t *testing.T) string {
 			root = filepath.Join(root, strings.TrimSpace(path))
 		}
 	}
-	dir, err := os.MkdirTemp(root, "gofwd-test-")
+	dir, err := os.MkdirTemp(root, "gofwd-test-") //nolint:usetesting // a cgroup, not a directory of files
 	if err != nil {
 		skip(t, "no cgroup of this user's own (run the tests by systemd-run --user --pty): %v", err)
 	}
