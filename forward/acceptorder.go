@@ -9,7 +9,7 @@ import (
 // acceptOrder lets the connections of one client to one listener reach the container
 // in the order in which they were accepted: some servers tell them apart by that
 // (iperf3 --bidir does), and each is dialled by a goroutine of its own. It is for the
-// tap path; the kernel path dials without waiting for the container.
+// tap path; on the kernel path [acceptor] sees to that.
 //
 // A connection waits for the one before it to be connected, but not for long: where
 // the container does not answer, there is no order to keep.
@@ -19,7 +19,7 @@ type acceptOrder struct {
 }
 
 // turnWait is how long a connection waits for the one before it.
-const turnWait = 20 * time.Millisecond
+const turnWait = 100 * time.Millisecond
 
 // turn is the place of a connection in the order.
 type turn struct {

@@ -13,6 +13,12 @@ import (
 // A server accepts a client's connections in the order in which the client made
 // them.
 func TestAcceptOrder(t *testing.T) {
+	for _, path := range []Datapath{Kernel, Tap} {
+		t.Run(string(path), func(t *testing.T) { testAcceptOrder(t, path) })
+	}
+}
+
+func testAcceptOrder(t *testing.T, path Datapath) {
 	ns := newNS(t)
 	var ln net.Listener
 	within(t, ns, func() {
@@ -22,7 +28,7 @@ func TestAcceptOrder(t *testing.T) {
 	})
 	defer ln.Close()
 	port := ln.Addr().(*net.TCPAddr).AddrPort().Port()
-	start(t, Config{Datapath: Tap, NetNS: ns, Rules: forEach(Rule{Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}})})
+	start(t, Config{Datapath: path, NetNS: ns, Rules: forEach(Rule{Ports: PortRange{8080, 8080}, TargetPorts: PortRange{port, port}})})
 	for round := range 300 {
 		const n = 4
 		var names []string

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -28,6 +29,11 @@ type acceptor struct {
 	to     *atomic.Pointer[tcpTargets]
 	addr   net.Addr
 	warned atomic.Int64 // when, in Unix seconds
+	// turn is held from accept(2) to connect(2), which for a server of the
+	// namespace's own kernel is the whole handshake. So a client's connections
+	// reach it in their order, by which some servers tell them apart
+	// (iperf3 --bidir).
+	turn sync.Mutex
 }
 
 // connecter is a dialer whose sockets are the kernel's: connect begins to connect
@@ -74,25 +80,36 @@ func (a *acceptor) SyscallConn() (syscall.RawConn, error) { return rawFD(a.fd), 
 // ready accepts.
 func (a *acceptor) ready(l *spliceLoop, _ int, _ uint32) {
 	for range acceptBatch {
-		if a.closing.Load() {
+		// Another loop accepts: it may go on, and epoll(7) will tell again.
+		if a.closing.Load() || !a.turn.TryLock() {
 			return
 		}
-		fd, sa, err := unix.Accept4(a.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
-		switch {
-		case err == nil:
-			a.serve(l, fd, addrPortOf(sa))
-		case err == unix.EAGAIN:
+		more := a.accept(l)
+		a.turn.Unlock()
+		if !more {
 			return
-		case exhausted(err):
-			a.warn("connection refused", err)
-			if !l.s.refuse(a.fd) {
-				time.Sleep(time.Millisecond) // the client waits in the backlog
-				return
-			}
-			a.to.Load().list[0].rule.refused.Add(1)
-		default: // about one connection, which has gone already: accept(2)
 		}
 	}
+}
+
+// accept accepts one connection. It is false if there is none.
+func (a *acceptor) accept(l *spliceLoop) (more bool) {
+	fd, sa, err := unix.Accept4(a.fd, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+	switch {
+	case err == nil:
+		a.serve(l, fd, addrPortOf(sa))
+	case err == unix.EAGAIN:
+		return false
+	case exhausted(err):
+		a.warn("connection refused", err)
+		if !l.s.refuse(a.fd) {
+			time.Sleep(time.Millisecond) // the client waits in the backlog
+			return false
+		}
+		a.to.Load().list[0].rule.refused.Add(1)
+	default: // about one connection, which has gone already: accept(2)
+	}
+	return true
 }
 
 // warn logs that there is no room for connections, once a second at most.
