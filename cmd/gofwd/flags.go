@@ -109,7 +109,7 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 	cfg, network := &o.config, &o.config.Network
 
 	ports := pflag.NewFlagSet("", pflag.ContinueOnError)
-	ports.StringArrayVarP(&o.publish, "publish", "p", nil, "`[[ADDR][%IFACE]:][HOST:]CONTAINER[/PROTO]`: publish a port, tcp unless PROTO says udp; ranges as 8000-8010:9000-9010; IPv6 in brackets; without HOST on a free port, which is printed")
+	ports.StringArrayVarP(&o.publish, "publish", "p", nil, "`[[ADDR][%IFACE]:][HOST:]CONTAINER[/PROTO]`: publish a port, tcp unless PROTO says udp; ranges as 8000-8010:9000-9010; IPv6 in brackets; without HOST on a free port, which is printed; gofwd(1) has the options of a rule")
 	ports.StringArrayVarP(&o.tcpIn, "tcp-ports", "t", nil, "`SPEC`: publish TCP ports as pasta(1) does: none, auto, all, or [[ADDR][%IFACE]/]PORT[-PORT][:PORT[-PORT]],..., with ~PORT[-PORT] to leave out")
 	ports.StringArrayVarP(&o.udpIn, "udp-ports", "u", nil, "`SPEC`: publish UDP ports, likewise")
 	ports.StringArrayVarP(&o.tcpOut, "tcp-ns", "T", nil, "`SPEC`: forward TCP ports of the container's loopback to the host's")

@@ -49,6 +49,16 @@ func manPage(root *cobra.Command) string {
 			s.VisitAll(m.flag)
 		}
 	}
+	m.macro("SH", "PORT RULES")
+	m.line("Besides addresses and ports, --publish takes as the host's side:")
+	for _, r := range hostSides {
+		m.item(r[0], r[1])
+	}
+	m.macro("PP")
+	m.line("Options follow the protocol, as in 8080:80/tcp,max=100,share:")
+	for _, r := range ruleOptions {
+		m.item(r[0], r[1])
+	}
 	m.macro("SH", "EXIT STATUS")
 	for _, e := range exitStatuses {
 		m.item(e[0], e[1])
@@ -68,6 +78,24 @@ func verbs(cmd *cobra.Command) (all []*cobra.Command) {
 		}
 	}
 	return all
+}
+
+var hostSides = [][2]string{
+	{"systemd:NAME:PORT", "the sockets of that name which systemd passed (FileDescriptorName=, systemd.socket(5)), also below 1024."},
+	{"unix:PATH:PORT", "a UNIX socket, which is made."},
+}
+
+var ruleOptions = [][2]string{
+	{"max=N", "so many connections at once."},
+	{"rate=N", "so many new connections a second."},
+	{"idle=DURATION", "connections that moved no byte for so long are reset."},
+	{"allow=PREFIX+...", "clients that may connect, and no others."},
+	{"deny=PREFIX+...", "clients that may not."},
+	{"proxy=v2", "tell the server its client by the PROXY protocol."},
+	{"share", "rules with it may have the same port. Those of one instance take turns, and one that takes no connection is passed over; among several instances the kernel chooses (SO_REUSEPORT)."},
+	{"auto", "published only while the container listens."},
+	{"wait", "published when the address or the interface is there."},
+	{"weak", "a port that is taken is left out."},
 }
 
 var exitStatuses = [][2]string{
