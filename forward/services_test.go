@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -22,16 +23,27 @@ import (
 
 // fakeLink keeps what the services send.
 type fakeLink struct {
+	mu      sync.Mutex // guards the following fields
 	sent    []stack.Datagram
 	adverts []netip.Addr // where to
 }
 
+func (l *fakeLink) advertised() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.adverts)
+}
+
 func (l *fakeLink) WriteUDP(d *stack.Datagram) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.sent = append(l.sent, *d)
 	return nil
 }
 
 func (l *fakeLink) WriteNDP(_, to netip.Addr, _ []byte) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	l.adverts = append(l.adverts, to)
 	return nil
 }
@@ -334,15 +346,15 @@ func TestAdvertise(t *testing.T) {
 		s.start()
 		time.Sleep(33 * time.Second)
 		synctest.Wait()
-		require.Len(t, link.adverts, 3)
+		require.Equal(t, 3, link.advertised())
 		time.Sleep(maxAdvertInterval)
 		synctest.Wait()
-		n := len(link.adverts)
+		n := link.advertised()
 		require.Greater(t, n, 3)
 		require.LessOrEqual(t, n, 3+3)
 		s.close()
 		time.Sleep(time.Hour)
-		require.Len(t, link.adverts, n)
+		require.Equal(t, n, link.advertised())
 	})
 }
 
