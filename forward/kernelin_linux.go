@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -21,7 +20,10 @@ import (
 //	acceptor ─► accept(2) ─► paths.routes ─┬─► kernelConn: connect(2) in the namespace ─► splicedFlow
 //	                                       └─► a goroutine of tcpEngine, for the tap
 
-// acceptor is a listening socket whose connections the splicer's threads accept.
+// acceptor is a listening socket whose connections one of the splicer's threads
+// accepts, and connects: for a server of the namespace's own kernel connect(2) is the
+// whole handshake. So a client's connections reach it in their order, by which some
+// servers tell them apart (iperf3 --bidir). What lasts is then spread over all threads.
 // It has the part of [net.TCPListener] that a [tcpListener] needs.
 type acceptor struct {
 	sharedFD
@@ -29,11 +31,6 @@ type acceptor struct {
 	to     *atomic.Pointer[tcpTargets]
 	addr   net.Addr
 	warned atomic.Int64 // when, in Unix seconds
-	// turn is held from accept(2) to connect(2), which for a server of the
-	// namespace's own kernel is the whole handshake. So a client's connections
-	// reach it in their order, by which some servers tell them apart
-	// (iperf3 --bidir).
-	turn sync.Mutex
 }
 
 // connecter is a dialer whose sockets are the kernel's: connect begins to connect
@@ -54,7 +51,7 @@ func newAcceptor(e *tcpEngine, ln *net.TCPListener, to *atomic.Pointer[tcpTarget
 	}
 	ln.Close() // out of the Go runtime's poller
 	a := &acceptor{sharedFD: sharedFD{fd: fd}, e: e, to: to, addr: ln.Addr()}
-	a.share(e.splicer.loops, a)
+	a.share([]*spliceLoop{e.splicer.pick()}, a)
 	return a, nil
 }
 
@@ -80,13 +77,7 @@ func (a *acceptor) SyscallConn() (syscall.RawConn, error) { return rawFD(a.fd), 
 // ready accepts.
 func (a *acceptor) ready(l *spliceLoop, _ int, _ uint32) {
 	for range acceptBatch {
-		// Another loop accepts: it may go on, and epoll(7) will tell again.
-		if a.closing.Load() || !a.turn.TryLock() {
-			return
-		}
-		more := a.accept(l)
-		a.turn.Unlock()
-		if !more {
+		if a.closing.Load() || !a.accept(l) {
 			return
 		}
 	}

@@ -364,9 +364,10 @@ type splicedFlow struct {
 	wait   [2]waits
 	slot   int32
 	queued bool // for a turn
-	// settled is set when it has turned out to be bulk, and has its loop for good.
-	settled bool
-	dead    bool
+	// settled is set when it has turned out to last, and has its loop for good.
+	settled  bool
+	advances int
+	dead     bool
 }
 
 // The bytes that went into the namespace, and out of it.
@@ -454,7 +455,9 @@ func (f *splicedFlow) advance(l *spliceLoop, side int) {
 		return
 	}
 	f.wait[side] = w
-	if (w == waitsTurn || h.fills == fillsForBulk && !f.settled) && !f.queued {
+	f.advances++
+	lasts := h.fills == fillsForBulk || f.advances == advancesToLast
+	if (w == waitsTurn || lasts && !f.settled) && !f.queued {
 		f.queued = true
 		l.turns = append(l.turns, f)
 	}
@@ -484,8 +487,8 @@ func (l *spliceLoop) takeTurns() {
 	}
 }
 
-// pass hands a flow to another loop. Bulk is spread over all of them: they may have
-// come from one, as what the container begins does.
+// pass hands a flow to another loop. What lasts is spread over all of them: flows
+// begin in the loop of their listener, and most are over before that would pay.
 func (l *spliceLoop) pass(f *splicedFlow, to *spliceLoop) {
 	for _, fd := range f.fds {
 		_ = unix.EpollCtl(l.epfd, unix.EPOLL_CTL_DEL, fd, nil)
@@ -510,6 +513,10 @@ func (l *spliceLoop) resume(f *splicedFlow) {
 		l.turns = append(l.turns, f)
 	}
 }
+
+// advancesToLast is after how many turns of its halves a flow is one that lasts, as
+// fillsForBulk is by its bytes: thirty requests and responses, say.
+const advancesToLast = 64
 
 // endOf is how a flow ends of which a side died.
 func endOf(side int) string {
