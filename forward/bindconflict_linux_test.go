@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -76,6 +77,53 @@ func TestContainerBindsAPortOfOurSockets(t *testing.T) {
 			}
 			in.Close()
 			out.Close()
+		})
+	}
+}
+
+// The ports from which the container's connections come are not used up by its
+// clients, who come from the same range.
+func TestContainerConnectsFromAClientsPort(t *testing.T) {
+	remote := newLAN(t)
+	ns := newNS(t)
+	inside, outside := echoServer(t, ns), echoServer(t, remote)
+	const first, last = 40000, 40009
+	within(t, ns, func() {
+		require.NoError(t, os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte(fmt.Sprint(first, last)), 0))
+	})
+	start(t, Config{NetNS: ns, Datapath: Kernel, Rules: publishTCP(8080, inside)})
+	echo := func(c net.Conn) error {
+		if _, err := fmt.Fprint(c, "x"); err != nil {
+			return err
+		}
+		_, err := io.ReadFull(c, make([]byte, 1))
+		return err
+	}
+	for _, tt := range []struct{ name, remote, host string }{{"IPv4", remote4, host4}, {"IPv6", remote6, host6}} {
+		t.Run(tt.name, func(t *testing.T) {
+			served := 0
+			for port := first; port <= last; port++ {
+				within(t, remote, func() {
+					d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(tt.remote), Port: port}}
+					in, err := d.Dial("tcp", net.JoinHostPort(tt.host, "8080"))
+					if err != nil {
+						return // reset: a listener of ours has the port, and no other is left
+					}
+					t.Cleanup(func() { in.Close() })
+					if echo(in) == nil {
+						served++
+					}
+				})
+			}
+			require.Greater(t, served, 5)
+			var out net.Conn
+			within(t, ns, func() {
+				var err error
+				out, err = net.Dial("tcp", at(tt.remote, outside))
+				require.NoError(t, err)
+			})
+			defer out.Close()
+			require.NoError(t, echo(out))
 		})
 	}
 }

@@ -37,7 +37,14 @@ func openKernelPath(ns *netnsutil.NS) (*kernelPath, error) {
 		k.Close()
 		return nil, fmt.Errorf("open kernel path: %w", err)
 	}
-	return &kernelPath{KernelPath: k, dialer: nsDialer{ns: ns, mark: k.Mark()}, behind: nsDialer{ns: ns}, diag: diag}, nil
+	dialer := nsDialer{ns: ns, mark: k.Mark()}
+	err = ns.Do(func() error { dialer.ephemeral = ephemeralPorts(); return nil })
+	if err != nil {
+		diag.Close()
+		k.Close()
+		return nil, fmt.Errorf("open kernel path: %w", err)
+	}
+	return &kernelPath{KernelPath: k, dialer: dialer, behind: nsDialer{ns: ns}, diag: diag}, nil
 }
 
 // listener is paths.listener. Of two, such as one for each family, a mark is

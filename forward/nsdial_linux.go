@@ -24,6 +24,8 @@ import (
 type nsDialer struct {
 	ns   *netnsutil.NS
 	mark uint32 // SO_MARK, [netnsutil.KernelPath.Mark]
+	// ephemeral are the ports from which the namespace's kernel chooses.
+	ephemeral PortRange
 }
 
 // DialTCP connects to dst in the namespace from src, which may be anybody's
@@ -57,23 +59,53 @@ func dialError(src, dst netip.AddrPort, err error) error {
 // non-blocking socket. Over loopback a handshake is done, or refused, before
 // connect(2) returns, though that says EINPROGRESS.
 //
+// A port that bind(2) was given is not chosen by connect(2) for anybody, not even for
+// another destination, until the last TIME_WAIT on it has gone (tb->fastreuse in
+// __inet_hash_connect, net/ipv4/inet_hashtables.c): some thousand clients would use up
+// the container's own ports. So connect(2) chooses for clients as well, from a range
+// of one port. It does not take a 4-tuple in TIME_WAIT, which it does after bind(2)
+// (tcp_twsk_unique).
+//
 // The client's port can be taken: by a flow of another forward to the same
 // server, or by one that has just ended. The first is EADDRINUSE of bind(2), or
 // EADDRNOTAVAIL of connect(2) since SO_REUSEADDR lets bind(2) pass; so is the
-// second with tcp_timestamps=0.
+// second with tcp_timestamps=0. Then the client gets another port.
 func (d nsDialer) connect(src, dst netip.AddrPort) (fd int, err error) {
-	fd, err = d.connectFrom(src, dst)
-	if errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL) {
-		return d.connectFrom(netip.AddrPortFrom(src.Addr(), 0), dst)
+	port, noPort := src.Port(), netip.AddrPortFrom(src.Addr(), 0)
+	if port != 0 && d.ephemeral.First <= port && port <= d.ephemeral.Last {
+		if fd, err = d.connectFrom(noPort, dst, port); !portTaken(err) {
+			return fd, err
+		}
 	}
-	return fd, err
+	if fd, err = d.connectFrom(src, dst, 0); !portTaken(err) {
+		return fd, err
+	}
+	return d.connectFrom(noPort, dst, 0)
 }
 
-func (d nsDialer) connectFrom(src, dst netip.AddrPort) (fd int, err error) {
-	if fd, err = d.open(dst.Addr().Is4(), src.Port() == 0); err != nil {
+func portTaken(err error) bool {
+	return errors.Is(err, unix.EADDRINUSE) || errors.Is(err, unix.EADDRNOTAVAIL)
+}
+
+// connectFrom connects from src. Without a port in that, connect(2) chooses: only, or
+// any that makes the 4-tuple a new one if only is 0 too.
+func (d nsDialer) connectFrom(src, dst netip.AddrPort, only uint16) (fd int, err error) {
+	if fd, err = d.open(dst.Addr().Is4()); err != nil {
 		return -1, err
 	}
-	if err = os.NewSyscallError("bind", unix.Bind(fd, toSockaddr(src))); err == nil {
+	if src.Port() == 0 {
+		err = setOptions(fd, []option{{unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1}})
+	}
+	if only != 0 && err == nil {
+		one := option{unix.SOL_IP, unix.IP_LOCAL_PORT_RANGE, int(only)<<16 | int(only)}
+		if setOptions(fd, []option{one}) != nil { // before Linux 6.3 there is no such option
+			src = netip.AddrPortFrom(src.Addr(), only)
+		}
+	}
+	if err == nil {
+		err = os.NewSyscallError("bind", unix.Bind(fd, toSockaddr(src)))
+	}
+	if err == nil {
 		err = beginConnect(fd, dst)
 	}
 	if err != nil {
@@ -83,12 +115,14 @@ func (d nsDialer) connectFrom(src, dst netip.AddrPort) (fd int, err error) {
 	return fd, nil
 }
 
-// open makes a socket, on a thread in the namespace, to be bound to a port of a
-// client or, if anyPort is set, to one that connect(2) chooses.
-func (d nsDialer) open(is4, anyPort bool) (fd int, err error) {
+// open makes a socket, on a thread in the namespace, that may have anybody's address.
+func (d nsDialer) open(is4 bool) (fd int, err error) {
 	family, level, transparent := unix.AF_INET6, unix.SOL_IPV6, unix.IPV6_TRANSPARENT
 	if is4 {
 		family, level, transparent = unix.AF_INET, unix.SOL_IP, unix.IP_TRANSPARENT
+	}
+	if fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP); err != nil {
+		return -1, os.NewSyscallError("socket", err)
 	}
 	options := [...]option{
 		{level, transparent, 1},
@@ -98,12 +132,6 @@ func (d nsDialer) open(is4, anyPort bool) (fd int, err error) {
 		// or in TIME_WAIT, can't be bound, nor the container's server on the
 		// port of a client. What remains: TestContainerBindsAPortOfOurSockets.
 		{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1},
-	}
-	if anyPort { // which needs only the whole 4-tuple to be free (ip(7))
-		options[3] = option{unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1}
-	}
-	if fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP); err != nil {
-		return -1, os.NewSyscallError("socket", err)
 	}
 	if err = setOptions(fd, options[:]); err != nil {
 		unix.Close(fd)

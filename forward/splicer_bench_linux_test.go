@@ -197,7 +197,7 @@ func BenchmarkTransparentSocket(b *testing.B) {
 		n := min(len(fds), b.N-i)
 		before := cpuNow()
 		for j := range n {
-			fd, err := nsDialer{mark: 1}.open(true, false)
+			fd, err := nsDialer{mark: 1}.open(true)
 			require.NoError(b, err)
 			fds[j] = fd
 		}
