@@ -17,7 +17,8 @@ import (
 // have in common is that the tap reaches them, so that is tried; no list of kinds
 // is kept to choose by, only one of reasons to show.
 //
-// Such a server takes the tap path from then on, until it is looked at again.
+// Such a server takes the tap path from then on, until it is looked at again; a host
+// behind the namespace, to which the kernel path is silent, does for good.
 type detourKind uint8
 
 const (
@@ -133,11 +134,12 @@ func (p *paths) mayBeGuest(rule *activeRule, port uint16) bool {
 }
 
 // dialIn connects a new inbound flow of rule, by the kernel path where that leads to
-// a server, else by the tap. With byTap it is known not to.
-func (p *paths) dialIn(ctx context.Context, rule *activeRule, client netip.AddrPort, port uint16, byTap bool) (flowConn, route, error) {
+// a server, else by the tap. With a detour it is known not to, and that is the timeout
+// of dialDetour.
+func (p *paths) dialIn(ctx context.Context, rule *activeRule, client netip.AddrPort, port uint16, detour time.Duration) (flowConn, route, error) {
 	routes := p.routes(rule.rule, client, port)
-	if byTap {
-		return p.dialDetour(ctx, rule, routes, dialTimeout)
+	if detour != 0 {
+		return p.dialDetour(ctx, rule, routes, detour)
 	}
 	patience := dialTimeout
 	if p.kernel != nil && !p.noTap && len(routes) > 0 && routes[0].path == Kernel {

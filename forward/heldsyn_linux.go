@@ -63,7 +63,7 @@ func newHeldSYNs(e *tcpEngine, ns *netnsutil.NS, k *netnsutil.KernelPath, tap st
 			if err != nil {
 				return err
 			}
-			h.listeners = append(h.listeners, &heldListener{sharedFD: sharedFD{fd: fd}, h: h, is4: is4})
+			h.listeners = append(h.listeners, &heldListener{listenFD: listenFD{fd: fd}, h: h, is4: is4})
 			sa, err := unix.Getsockname(fd)
 			if err != nil {
 				return os.NewSyscallError("getsockname", err)
@@ -81,8 +81,13 @@ func newHeldSYNs(e *tcpEngine, ns *netnsutil.NS, k *netnsutil.KernelPath, tap st
 		}
 		return nil, fmt.Errorf("hold back the container's SYNs: %w", err)
 	}
-	for _, hl := range h.listeners {
-		hl.share([]*spliceLoop{h.loop}, hl)
+	for i, hl := range h.listeners {
+		if err := hl.enter(h.loop, hl); err != nil {
+			for _, rest := range h.listeners[i:] {
+				unix.Close(rest.fd) // the others go with the splicer
+			}
+			return nil, fmt.Errorf("hold back the container's SYNs: %w", err)
+		}
 	}
 	return h, nil
 }
@@ -139,7 +144,7 @@ type heldSYN struct {
 	slot   int32
 	events uint32        // seen at the dialled socket
 	slow   late          // released, but not accepted
-	looks  time.Duration // how often that was found
+	waited time.Duration // since it was released, about
 	flow   splicedFlow   // fds[0] is the dialled socket
 }
 
@@ -206,7 +211,7 @@ func (c *heldSYN) dialDNS() {
 
 // attach lets the loop wait for the dial.
 func (c *heldSYN) attach() {
-	if err := c.h.loop.attach(c, &c.slot, c.flow.fds[0]); err != nil {
+	if err := c.h.loop.attach(c, &c.slot, c.flow.fds[0], socketEvents); err != nil {
 		unix.Close(c.flow.fds[0])
 		c.refuse(err)
 		return
@@ -278,7 +283,7 @@ func (c *heldSYN) key() flowKey { return flowKey{c.r.Src, c.r.Dst} }
 
 // isSlow is called when nothing was accepted for some time.
 func (c *heldSYN) isSlow() {
-	if c.looks++; c.looks*lateAfter < releaseTimeout {
+	if c.waited += lateAfter; c.waited < releaseTimeout {
 		c.h.loop.late.add(&c.slow)
 	} else {
 		c.drop(c.h.loop)
@@ -360,7 +365,7 @@ func (c *heldSYN) log() *slog.Logger {
 
 // heldListener is a listener to which SYNs are diverted.
 type heldListener struct {
-	sharedFD
+	listenFD
 	h   *heldSYNs
 	is4 bool
 }
@@ -402,5 +407,3 @@ func (hl *heldListener) pair(l *spliceLoop, fd int, src netip.AddrPort) {
 	}
 	closeSocket(fd, true) // too late
 }
-
-func (hl *heldListener) shutdown(l *spliceLoop) { hl.leave(l) }

@@ -78,8 +78,8 @@ func (in *inboundNS) guests() []netip.Addr { return *in.addrs.Load() }
 //
 // Where there is a tap, UDP takes that. It keeps the client's address as well, costs
 // the same for single datagrams and less for many, which it joins
-// (BenchmarkUDPInbound), and a new client
-// costs it neither a socket nor two changes of the namespace's routes.
+// (BenchmarkUDPInbound), and a new client costs it neither a socket nor two changes of
+// the namespace's routes.
 func (in *inboundNS) listenUDP(src, dst netip.AddrPort) (*net.UDPConn, error) {
 	if dst.Addr().IsLoopback() {
 		return in.local.listenUDP(src, dst)
@@ -154,7 +154,14 @@ func (in *inboundNS) admit(client netip.Addr, dst netip.AddrPort) error {
 	return err
 }
 
-// release is udpConfig.Released: the client's routing goes with its last flow.
+// released is udpConfig.Released.
+func (in *inboundNS) released(src, dst netip.Addr) {
+	if !dst.IsLoopback() { // else it was not admitted
+		in.release(src)
+	}
+}
+
+// release lets the client's routing go with its last flow.
 func (in *inboundNS) release(client netip.Addr) {
 	in.mu.Lock()
 	defer in.mu.Unlock()
@@ -220,7 +227,7 @@ func (f *Forwarder) startInbound() error {
 	}
 	f.udp, err = newUDPEngine(udpConfig{
 		Stack: noTap{}, Source: addrs.source, Destination: addrs.destination, Guest: addrs.guestOf,
-		Inside: in.listenUDP, Released: in.release, LoopbackInside: addrs.loopbackToLoopback,
+		Inside: in.listenUDP, Released: in.released, LoopbackInside: addrs.loopbackToLoopback,
 		MTU: maxMTU, Outbound: &f.tcp.outbound, Logger: f.log,
 	})
 	in.udp = f.udp
@@ -266,7 +273,7 @@ func (e *tcpEngine) endAt(gone func(netip.Addr) bool) {
 }
 
 func (l *spliceLoop) endAt(gone func(netip.Addr) bool) {
-	for _, w := range l.slots {
+	for _, w := range l.all() {
 		switch w := w.(type) {
 		case *splicedFlow:
 			if !w.dead && gone(w.flow.Server.Addr()) {

@@ -26,7 +26,7 @@ import (
 // servers tell them apart (iperf3 --bidir). What lasts is then spread over all threads.
 // It has the part of [net.TCPListener] that a [tcpListener] needs.
 type acceptor struct {
-	sharedFD
+	listenFD
 	e      *tcpEngine
 	to     *atomic.Pointer[tcpTargets]
 	addr   net.Addr
@@ -50,23 +50,21 @@ func newAcceptor(e *tcpEngine, ln *net.TCPListener, to *atomic.Pointer[tcpTarget
 		return nil, err
 	}
 	ln.Close() // out of the Go runtime's poller
-	a := &acceptor{sharedFD: sharedFD{fd: fd}, e: e, to: to, addr: ln.Addr()}
-	a.share([]*spliceLoop{e.splicer.pick()}, a)
+	a := &acceptor{listenFD: listenFD{fd: fd}, e: e, to: to, addr: ln.Addr()}
+	if err := a.enter(e.splicer.pick(), a); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
 	return a, nil
 }
 
-// stop begins to stop accepting, which Close does and waits for. The latter is not
-// for a loop's thread.
-func (a *acceptor) stop() { a.unshare(a.e.splicer) }
-
-// Close is idempotent.
+// Close stops accepting, and waits for that: not on a loop's thread. It is
+// idempotent.
 func (a *acceptor) Close() error {
 	a.stop()
 	<-a.closed
 	return nil
 }
-
-func (a *acceptor) shutdown(l *spliceLoop) { a.leave(l) }
 
 // Addr returns the address that is listened on.
 func (a *acceptor) Addr() net.Addr { return a.addr }
@@ -138,8 +136,9 @@ type kernelConn struct {
 	left   tcpTurns // the targets to try after it
 	client netip.AddrPort
 	begun  time.Time
-	routes []route // that are left; the first is being tried
-	route  route   // the one that led to the server
+	led    time.Time // to to
+	routes []route   // that are left; the first is being tried
+	route  route     // the one that led to the server
 
 	inner  int // socket that connects, -1 if none
 	slot   int32
@@ -151,9 +150,10 @@ type kernelConn struct {
 // lead begins to lead c to its target.
 func (c *kernelConn) lead(l *spliceLoop) {
 	rule := c.to.rule
+	c.led = time.Now()
 	c.flow.rule, c.flow.counters = rule, &rule.flowCounters
 	if rule.rule.ProxyV2 || rule.watchesIdle() {
-		c.leave(l, false) // for what a relay does, and a loop does not
+		c.leave(l, 0) // for what a relay does, and a loop does not
 		return
 	}
 	c.routes = c.a.e.paths.routes(rule.rule, c.client, c.to.port)
@@ -164,7 +164,7 @@ func (c *kernelConn) lead(l *spliceLoop) {
 // one was no good.
 func (c *kernelConn) giveUp(l *spliceLoop, err error) {
 	if errors.Is(err, unix.ECONNREFUSED) && c.a.e.paths.mayBeGuest(c.to.rule, c.to.port) {
-		c.leave(l, true)
+		c.leave(l, guestTimeout)
 		return
 	}
 	c.to.fail()
@@ -193,7 +193,7 @@ func (c *kernelConn) try(l *spliceLoop, err error) {
 		r := c.routes[0]
 		d, ok := r.dialer.(connecter)
 		if !ok {
-			c.leave(l, false)
+			c.leave(l, 0)
 			return
 		}
 		if c.inner, err = d.connect(r.src, r.dst); err == nil {
@@ -267,8 +267,14 @@ func (c *kernelConn) isSlow(l *spliceLoop) {
 		c.fail(l, os.NewSyscallError("connect", unix.ETIMEDOUT))
 		return
 	}
-	if c.a.e.paths.isElsewhere(c.to.rule, c.routes[0], time.Since(c.begun)) {
-		c.leave(l, true)
+	if c.to.rule.ctx.Err() != nil { // it was removed
+		if !c.elsewhere(l) {
+			c.fail(l, net.ErrClosed)
+		}
+		return
+	}
+	if c.a.e.paths.isElsewhere(c.to.rule, c.routes[0], time.Since(c.led)) {
+		c.leave(l, dialTimeout)
 		return
 	}
 	if len(c.left) > 0 {
@@ -281,8 +287,8 @@ func (c *kernelConn) isSlow(l *spliceLoop) {
 }
 
 // leave hands the client's connection to a goroutine, for a path that is not
-// ours; byTap as for dialIn.
-func (c *kernelConn) leave(l *spliceLoop, byTap bool) {
+// ours; detour as for dialIn.
+func (c *kernelConn) leave(l *spliceLoop, detour time.Duration) {
 	c.closeInner()
 	l.freeSlot(c.slot)
 	fd := c.flow.fds[0]
@@ -292,7 +298,7 @@ func (c *kernelConn) leave(l *spliceLoop, byTap bool) {
 		c.to.rule.end()
 		return
 	}
-	go c.a.e.serveLeft(c.to, c.left, fd, byTap)
+	go c.a.e.serveLeft(c.to, c.left, fd, detour)
 }
 
 func (c *kernelConn) closeInner() {
@@ -335,7 +341,7 @@ func (c *kernelConn) log() *slog.Logger {
 }
 
 // serveLeft is [tcpEngine.serveTurns] for a connection that a loop has accepted.
-func (e *tcpEngine) serveLeft(to *tcpTarget, left tcpTurns, fd int, byTap bool) {
+func (e *tcpEngine) serveLeft(to *tcpTarget, left tcpTurns, fd int, detour time.Duration) {
 	defer e.wg.Done()
 	file := os.NewFile(uintptr(fd), "tcp")
 	c, err := net.FileConn(file)
@@ -345,7 +351,7 @@ func (e *tcpEngine) serveLeft(to *tcpTarget, left tcpTurns, fd int, byTap bool) 
 		e.log.Warn("connection refused", "err", err)
 		return
 	}
-	e.serveTurns(to, left, c.(*net.TCPConn), nil, byTap)
+	e.serveTurns(to, left, c.(*net.TCPConn), nil, detour)
 }
 
 // addrPortOf returns the address of a TCP peer.

@@ -25,26 +25,37 @@ type kernelPath struct {
 	mu        sync.Mutex // guards the following fields
 	diag      *netnsutil.SockDiag
 	listeners []netnsutil.Listener // memory for reuse
+
+	// The stack's reading goroutine asks for the sockets of SYNs, and does not
+	// wait for those who ask for listeners.
+	synMu   sync.Mutex // guards the following field
+	synDiag *netnsutil.SockDiag
 }
 
-func openKernelPath(ns *netnsutil.NS) (*kernelPath, error) {
-	k, err := ns.OpenKernelPath()
+func openKernelPath(ns *netnsutil.NS) (_ *kernelPath, err error) {
+	path, err := ns.OpenKernelPath()
 	if err != nil {
 		return nil, err
 	}
-	diag, err := ns.SockDiag()
-	if err != nil {
-		k.Close()
-		return nil, fmt.Errorf("open kernel path: %w", err)
+	k := &kernelPath{KernelPath: path, dialer: nsDialer{ns: ns, mark: path.Mark()}}
+	defer func() {
+		if err != nil {
+			_ = k.close()
+			err = fmt.Errorf("open kernel path: %w", err)
+		}
+	}()
+	if k.diag, err = ns.SockDiag(); err != nil {
+		return nil, err
 	}
-	dialer := nsDialer{ns: ns, mark: k.Mark()}
-	err = ns.Do(func() error { dialer.ephemeral = ephemeralPorts(); return nil })
-	if err != nil {
-		diag.Close()
-		k.Close()
-		return nil, fmt.Errorf("open kernel path: %w", err)
+	if k.synDiag, err = ns.SockDiag(); err != nil {
+		return nil, err
 	}
-	return &kernelPath{KernelPath: k, dialer: dialer, behind: nsDialer{ns: ns}, diag: diag}, nil
+	if err = ns.Do(func() error { k.dialer.ephemeral = ephemeralPorts(); return nil }); err != nil {
+		return nil, err
+	}
+	k.behind = k.dialer
+	k.behind.mark = 0
+	return k, nil
 }
 
 // listener is paths.listener. Of two, such as one for each family, a mark is
@@ -71,12 +82,12 @@ func (k *kernelPath) listener(addr netip.AddrPort) (mark uint32, ok bool) {
 // namespace's kernel, which alone can be given it back. If not, a guest with a
 // network stack of its own has sent it, or it was routed through the namespace.
 func (k *kernelPath) connecting(src, dst netip.AddrPort) bool {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.diag == nil {
+	k.synMu.Lock()
+	defer k.synMu.Unlock()
+	if k.synDiag == nil {
 		return true
 	}
-	yes, err := k.diag.Connecting(k.tap, src, dst)
+	yes, err := k.synDiag.Connecting(k.tap, src, dst)
 	return yes || err != nil
 }
 
@@ -98,9 +109,16 @@ func listensOn(l netnsutil.Listener, addr netip.AddrPort) bool {
 
 // close ends the path, after the last of its sockets.
 func (k *kernelPath) close() error {
-	k.mu.Lock()
-	k.diag.Close()
-	k.diag = nil
-	k.mu.Unlock()
+	closeDiag(&k.mu, &k.diag)
+	closeDiag(&k.synMu, &k.synDiag)
 	return k.Close()
+}
+
+func closeDiag(mu *sync.Mutex, d **netnsutil.SockDiag) {
+	mu.Lock()
+	defer mu.Unlock()
+	if *d != nil {
+		(*d).Close()
+		*d = nil
+	}
 }

@@ -20,8 +20,9 @@ import (
 const dialTimeout = 31 * time.Second
 
 // tcpEngine carries TCP, both ways: connections that its listeners accept, and
-// those that the container begins (outbound.go). Each is a goroutine from accept
-// to the end, and a second one while it is relayed.
+// those that the container begins (outbound.go). On the tap path each is a goroutine
+// from accept to the end, and a second one while it is relayed; on the kernel path the
+// splicer's threads carry it, without one (kernelin_linux.go, heldsyn_linux.go).
 type tcpEngine struct {
 	paths *paths
 	dns   *nameservers
@@ -235,34 +236,35 @@ func (e *tcpEngine) acceptLoop(l *tcpListener, ln streamListener) {
 func (e *tcpEngine) serve(turns tcpTurns, c flowConn, turn *turn) {
 	defer e.wg.Done()
 	defer turn.done()
-	e.serveTurns(turns.begin(clientOf(c).Addr()), turns, c, turn, false)
+	to := turns.begin(clientOf(c).Addr())
+	e.serveTurns(to, turns, c, turn, 0)
 }
 
 // serveTurns carries a connection that to has admitted, in the direction of the
 // rule, or what is left of its turns, if to takes no connection. If nobody does, RST
 // is the nearest to "refused" that there is: the handshake with the client is done.
-// byTap is for to, as for dialIn.
-func (e *tcpEngine) serveTurns(to *tcpTarget, left tcpTurns, c flowConn, turn *turn, byTap bool) {
+// detour is for to, as for dialIn.
+func (e *tcpEngine) serveTurns(to *tcpTarget, left tcpTurns, c flowConn, turn *turn, detour time.Duration) {
 	for to != nil {
 		served := false
 		if to.rule.rule.Dir == Out {
 			served = e.serveOut(to, c)
 		} else {
-			served = e.serveIn(to, c, len(left) == 0, turn, byTap)
+			served = e.serveIn(to, c, len(left) == 0, turn, detour)
 		}
 		to.rule.end()
 		if served {
 			return
 		}
 		to.fail()
-		to, byTap = left.admit(clientOf(c).Addr()), false
+		to, detour = left.admit(clientOf(c).Addr()), 0
 	}
 	abort(c)
 }
 
 // serveIn carries a connection from the host into the namespace. It is false if
 // there was no server to take it, who gets less time if it isn't the last that can.
-func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn, last bool, turn *turn, byTap bool) (served bool) {
+func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn, last bool, turn *turn, detour time.Duration) (served bool) {
 	client := clientOf(c)
 	patience := dialTimeout
 	if !last {
@@ -270,7 +272,7 @@ func (e *tcpEngine) serveIn(to *tcpTarget, c flowConn, last bool, turn *turn, by
 	}
 	ctx, cancel := context.WithTimeout(to.rule.ctx, patience)
 	turn.wait()
-	inner, r, err := e.paths.dialIn(ctx, to.rule, client, to.port, byTap)
+	inner, r, err := e.paths.dialIn(ctx, to.rule, client, to.port, detour)
 	cancel()
 	turn.done()
 	log := e.log.With("client", client, "forward", c.LocalAddr(), "path", r.path)
