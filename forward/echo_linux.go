@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"sync"
 	"syscall"
 	"time"
@@ -371,10 +372,11 @@ func fromSockaddr(sa unix.Sockaddr) netip.Addr {
 	return netip.Addr{}
 }
 
-// toSockaddr returns addr for the kernel. A zone is not looked up.
+// toSockaddr returns addr for the kernel. A zone must be the number of an interface.
 func toSockaddr(addr netip.AddrPort) unix.Sockaddr {
 	if addr.Addr().Is4() {
 		return &unix.SockaddrInet4{Addr: addr.Addr().As4(), Port: int(addr.Port())}
 	}
-	return &unix.SockaddrInet6{Addr: addr.Addr().As16(), Port: int(addr.Port())}
+	zone, _ := strconv.ParseUint(addr.Addr().Zone(), 10, 32)
+	return &unix.SockaddrInet6{Addr: addr.Addr().As16(), Port: int(addr.Port()), ZoneId: uint32(zone)}
 }

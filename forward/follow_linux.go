@@ -72,7 +72,10 @@ func (s *ruleSet) followLoop(wake <-chan struct{}) {
 		case <-s.tcp.ctx.Done():
 			return
 		case <-wake:
-		case <-changes:
+		case _, ok := <-changes:
+			if !ok {
+				changes = nil // there will be no more
+			}
 			timer.Reset(settle)
 			continue
 		case <-timer.C:

@@ -455,7 +455,7 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 		MTU:            f.plan.link.MTU,
 		Batched:        true,
 		Groups:         newJoinedGroups(f.cfg.Multicast),
-		Local:          isHostAddr,
+		Local:          (&hostAddrs{read: netnsutil.LocalAddrs}).has,
 		Outbound:       &f.tcp.outbound,
 		Logger:         f.log,
 	})
@@ -465,12 +465,6 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 	addrs.zone = f.udp.groups.zone
 	f.groups, err = startGroups(f.cfg.NetNS, f.udp, f.log)
 	return err
-}
-
-// isHostAddr reports whether an address is one of the host's own.
-func isHostAddr(a netip.Addr) bool {
-	prefixes, _ := netnsutil.LocalAddrs()
-	return slices.ContainsFunc(prefixes, func(p netip.Prefix) bool { return p.Addr().WithZone("") == a })
 }
 
 // run waits for the end, and makes it.

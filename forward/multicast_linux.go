@@ -105,7 +105,10 @@ func (l *listeningGroups) loop(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-changes:
+		case _, ok := <-changes:
+			if !ok {
+				changes = nil // there will be no more
+			}
 			moved.Reset(settle)
 			continue
 		case <-moved.C:
@@ -159,9 +162,13 @@ func (l *listeningGroups) listen() {
 		if g.ifindex == 0 {
 			continue // place has said why
 		}
+		if err != nil { // what is heard stays so
+			l.report(g, err)
+			continue
+		}
 		wanted := l.wanted(g, open)
 		have := l.groups.ports(g)
-		failure := err
+		var failure error
 		for _, port := range have {
 			if !slices.Contains(wanted, port) {
 				l.groups.leave(g, port)

@@ -296,7 +296,10 @@ func (s *ruleSet) bind(p *plan, sockets []Socket) error {
 				made, p.roomMade = true, true
 			}
 		}
-		return made || s.groupRoom(r)
+		if s.groupRoom(r) {
+			made, p.roomMade = true, true
+		}
+		return made
 	}
 	bindings, err := b.bindAll(rules)
 	if err == nil {
@@ -351,8 +354,9 @@ func (s *ruleSet) commit(p *plan, drain time.Duration) {
 		}
 		if with := p.join[r]; with != nil {
 			r.takeOver(with)
-			s.tcp.join(with, r)
-			if s.udp != nil {
+			if r.rule.Proto == TCP {
+				s.tcp.join(with, r)
+			} else {
 				s.udp.join(with, r)
 			}
 			continue

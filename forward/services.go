@@ -196,7 +196,7 @@ func encodeDomain(name string) []byte {
 func (s *services) takes(d *stack.Datagram) bool { return s.isDHCP(d) || s.isDHCPv6(d) }
 
 // answer answers a datagram that takes said to be ours. It is called by the
-// goroutine that reads the tap, and never blocks.
+// goroutine that reads the tap, once everything is up, and never blocks.
 func (s *services) answer(d *stack.Datagram) {
 	if len(d.Payload) > maxServiceRequest || d.SegmentSize != 0 {
 		return

@@ -73,9 +73,9 @@ type udpConfig struct {
 	// to cross the tap, bound to src, the address that dst is to see. A nil
 	// socket, and a nil Inside, is the tap. The engine closes the socket.
 	Inside func(src, dst netip.AddrPort) (*net.UDPConn, error)
-	// Released is told when a flow with such a socket has ended; src is that of
-	// Inside. It must not block, or call the engine. Nil tells nobody.
-	Released func(src netip.Addr)
+	// Released is told when the engine has closed such a socket, of Inside with
+	// these addresses. It must not block, or call the engine. Nil tells nobody.
+	Released func(src, dst netip.Addr)
 	// LoopbackInside sends clients on the host's loopback to the namespace's,
 	// unless their rule says where to; Inside is then required.
 	LoopbackInside bool
@@ -419,6 +419,13 @@ func (e *udpEngine) enterFlowLocked(f *flow) {
 	f.counters.begin()
 }
 
+// released says that the socket that f had, or was to have, in the namespace is gone.
+func (e *udpEngine) released(f *flow) {
+	if e.cfg.Released != nil {
+		e.cfg.Released(f.peer.Addr(), f.guest.Addr())
+	}
+}
+
 // removed is called by the table for a flow that left it, with e.mu locked. A
 // socket that is for nothing else goes with its last flow.
 func (e *udpEngine) removed(f *flow) {
@@ -429,8 +436,8 @@ func (e *udpEngine) removed(f *flow) {
 			continue
 		}
 		if s.flows--; s.flows == 0 && !s.listens() && s.joined == nil {
-			if s.inside && e.cfg.Released != nil {
-				e.cfg.Released(f.peer.Addr())
+			if s.inside {
+				e.released(f)
 			}
 			e.closeSocketLocked(s)
 		}

@@ -28,8 +28,8 @@ import (
 // must come from port 5353 (RFC 6762 §6). What the host's other members of the
 // group hear of them (IP_MULTICAST_LOOP), so do our sockets; that echo is dropped.
 
-// joinedGroup is a Group at work. The engine's mutex guards its fields, but for the
-// Group.
+// joinedGroup is a Group at work. Its fields but the Group are written by the goroutine
+// of listeningGroups alone, under the engine's mutex; others read them under that.
 type joinedGroup struct {
 	Group
 	ifindex int // where it is joined; 0 is nowhere

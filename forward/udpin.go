@@ -204,7 +204,9 @@ func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort) *flo
 		return f
 	}
 	if err == nil {
-		f.inside, err = e.adoptInsideLocked(conn, guest)
+		if f.inside, err = e.adoptInsideLocked(conn, guest); err != nil {
+			e.released(f)
+		}
 	}
 	if err != nil {
 		e.log.Debug("no socket in the namespace", "client", client, "target", guest, "err", err)
@@ -212,6 +214,7 @@ func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort) *flo
 	}
 	if e.sockets[s.id] != s || !s.ofRule(to.rule) { // unlisten came in between
 		e.closeSocketLocked(f.inside.sock)
+		e.released(f)
 		return nil
 	}
 	return f

@@ -25,7 +25,7 @@ type Link struct {
 	// gateways of other routes first. A gateway need not be in one of the
 	// nets of Addrs.
 	Routes []Route
-	// Down leaves the interface as it is but for MTU and MAC address: it is
+	// Down leaves the interface as it is but for MTU, MAC address and queue: it is
 	// for somebody else to configure. Addrs and Routes are of no matter then.
 	Down bool
 }

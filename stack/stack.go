@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -212,7 +213,7 @@ var tcpOptions = []tcpip.SettableTransportProtocolOption{
 }
 
 // GatewayMAC returns our own MAC address on the link.
-func (s *Stack) GatewayMAC() net.HardwareAddr { return s.ep.mac[:] }
+func (s *Stack) GatewayMAC() net.HardwareAddr { return slices.Clone(s.ep.mac[:]) }
 
 // track remembers an open connection for Close; it returns false if that has
 // already been called.

@@ -43,8 +43,8 @@ type synHolder struct {
 }
 
 // TCPRequest is a connection that the container wants to open: its SYN is held
-// back, unanswered, until one of Accept, Release and Reject ends the request.
-// Retransmissions in the meantime are dropped, and the newest is the one held.
+// back, unanswered, until one of Accept, Release and Reject answers it; after Release,
+// Done ends the request. Retransmissions in the meantime are dropped, and the newest is the one held.
 type TCPRequest struct {
 	// Src is the container's end, Dst what it wants to reach.
 	Src, Dst netip.AddrPort
@@ -69,6 +69,7 @@ const (
 	unanswered answer = iota
 	toStack           // Accept: retransmissions are gVisor's
 	toKernel          // Release: retransmissions go back as well
+	rejected          // Reject: retransmissions are dropped
 )
 
 type acceptResult struct {
@@ -149,7 +150,7 @@ func (h *synHolder) retransmittedLocked(r *TCPRequest, ip []byte) bool {
 		return false
 	case toKernel:
 		_ = h.stack.ep.writeBack(ip, r.Src.Addr().Is6())
-	default:
+	case unanswered:
 		r.ip = append(r.ip[:0], ip...)
 	}
 	return true
@@ -221,7 +222,7 @@ func (e *endpoint) writeBack(ip []byte, v6 bool) error {
 // for ETIMEDOUT, and RST for ECONNREFUSED and anything else.
 func (r *TCPRequest) Reject(err error) {
 	defer r.Done()
-	ip, decideErr := r.decide(unanswered)
+	ip, decideErr := r.decide(rejected)
 	if decideErr != nil {
 		return
 	}

@@ -26,7 +26,7 @@ const TapQueueLen = 4096
 // It has one queue. With more of them (IFF_MULTI_QUEUE) there could be a reader for
 // each core; on two cores, which the sender and the receiver share with us, one
 // reader comes close to what a sender can send (bench, UDP/way=outside beside its
-// native column). Nobody has measured it on many cores yet.
+// native column).
 type tap struct {
 	file     *os.File
 	raw      syscall.RawConn

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -148,8 +149,8 @@ func (s *Server) serve(c *net.UnixConn, done chan<- struct{}) {
 		return // it has gone, or does not read
 	}
 	tables, err := readRules(bufio.NewReader(c))
-	if errors.Is(err, io.EOF) {
-		return // it has seen enough
+	if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, os.ErrDeadlineExceeded) {
+		return // it has seen enough, or says nothing
 	}
 	if err == nil {
 		err = s.apply(shown, tables)
@@ -160,7 +161,8 @@ func (s *Server) serve(c *net.UnixConn, done chan<- struct{}) {
 		f := control.NewFailure(err)
 		answer.Failure = &f
 	}
-	_ = json.NewEncoder(c).Encode(answer) // it may have gone
+	_ = c.SetWriteDeadline(time.Now().Add(control.Timeout)) // the change may have taken its time
+	_ = json.NewEncoder(c).Encode(answer)                   // it may have gone
 }
 
 // shown is what a client has been shown.

@@ -128,7 +128,7 @@ func readTables(r io.Reader) ([]Table, error) {
 		var h head
 		err := binary.Read(r, binary.BigEndian, &h)
 		name, _, _ := bytes.Cut(h.Name[:], []byte{0})
-		t.Name, t.Caps = string(name), h.Caps
+		t.Name, t.Caps = printable(name), h.Caps
 		return h.Count, err
 	})
 }
