@@ -65,11 +65,15 @@ func newCgroup(t *testing.T) string {
 	own, err := os.ReadFile("/proc/self/cgroup")
 	require.NoError(t, err)
 	root := ""
+	const how = "run the tests by systemd-run --user --pty"
 	for line := range strings.Lines(string(mounts)) {
 		if f := strings.Fields(line); f[2] == "cgroup2" {
 			root = f[1]
 			break
 		}
+	}
+	if root == "" {
+		skip(t, "no cgroup2 is mounted (%s)", how)
 	}
 	for line := range strings.Lines(string(own)) {
 		if path, ok := strings.CutPrefix(line, "0::"); ok {
@@ -78,7 +82,7 @@ func newCgroup(t *testing.T) string {
 	}
 	dir, err := os.MkdirTemp(root, "gofwd-test-") //nolint:usetesting // a cgroup, not a directory of files
 	if err != nil {
-		skip(t, "no cgroup of this user's own (run the tests by systemd-run --user --pty): %v", err)
+		skip(t, "no cgroup of this user's own (%s): %v", how, err)
 	}
 	t.Cleanup(func() {
 		// Directories only, the deepest first; the last process takes a moment

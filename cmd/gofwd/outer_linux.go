@@ -136,13 +136,13 @@ func openOuter(o *options, argv []string, hint string) (_ *outer, err error) {
 			return nil, err
 		}
 	}
-	if u.control, u.socket, err = listenControl(o.name, hint); err != nil {
-		return nil, err
-	}
 	if o.runAs != nil {
 		if err := o.runAs.become(); err != nil {
 			return nil, err
 		}
+	}
+	if u.control, u.socket, err = listenControl(o.name, hint); err != nil {
+		return nil, err
 	}
 	return u, nil
 }

@@ -48,8 +48,8 @@ func becomeCommand(words []string) error {
 }
 
 // initSignal is what s comes to for the first process of a PID namespace: the
-// kernel keeps from it what it does not catch (pid_namespaces(7)), all but
-// SIGKILL, which s is then.
+// kernel keeps from it what it neither catches nor blocks (pid_namespaces(7),
+// sig_ignored in kernel/signal.c), all but SIGKILL, which s is then.
 func (c *command) initSignal(s syscall.Signal) syscall.Signal {
 	if !c.pidNS || c.catches(s) {
 		return s
@@ -58,8 +58,8 @@ func (c *command) initSignal(s syscall.Signal) syscall.Signal {
 	return unix.SIGKILL
 }
 
-// catches reports whether the command ignores s, or has a handler of its own for
-// it (proc_pid_status(5)).
+// catches reports whether the command ignores s, has a handler for it, or blocks it,
+// to wait for it as tini does (proc_pid_status(5)).
 func (c *command) catches(s syscall.Signal) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", c.cmd.Process.Pid))
 	if err != nil {
@@ -67,7 +67,7 @@ func (c *command) catches(s syscall.Signal) bool {
 	}
 	for line := range strings.Lines(string(b)) {
 		name, value, _ := strings.Cut(line, ":")
-		if name != "SigCgt" && name != "SigIgn" {
+		if name != "SigCgt" && name != "SigIgn" && name != "SigBlk" {
 			continue
 		}
 		mask, err := strconv.ParseUint(strings.TrimSpace(value), 16, 64)

@@ -19,7 +19,8 @@ import (
 // Once everything is up, the process that forwards gives up what it needs no
 // more, in phases of which each stands by itself:
 //
-//	capabilities   four are left, over the container's user namespace
+//	capabilities   four are left, over the container's user namespace, and with a
+//	               command CAP_KILL
 //	no_new_privs   no program gives more, and no program can be started anyway
 //	Landlock       files are for reading, and only some (as far as the kernel can)
 //	seccomp        a list of system calls; others fail with EPERM

@@ -33,11 +33,11 @@ const (
 // openScreen takes the terminal out over, and the keyboard where in is one.
 func openScreen(out, in *os.File) (*screen, error) {
 	s := &screen{out: out, in: in, resized: make(chan os.Signal, 1), quit: make(chan struct{})}
-	signal.Notify(s.resized, unix.SIGWINCH)
 	if modes, err := unix.IoctlGetTermios(int(in.Fd()), unix.TCGETS); err == nil {
 		keys := *modes
 		keys.Lflag &^= unix.ICANON | unix.ECHO // a key at a time, ^C as ever
 		keys.Cc[unix.VMIN], keys.Cc[unix.VTIME] = 1, 0
+		keys.Cc[unix.VSUSP] = 0 // no ^Z: the shell would get the second screen
 		wait, stop, err := os.Pipe()
 		if err != nil {
 			return nil, err
@@ -51,8 +51,12 @@ func openScreen(out, in *os.File) (*screen, error) {
 		s.wg.Add(1)
 		go s.readKeys(wait)
 	}
-	_, err := out.WriteString(enterScreen)
-	return s, err
+	signal.Notify(s.resized, unix.SIGWINCH)
+	if _, err := out.WriteString(enterScreen); err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
 }
 
 // readKeys waits for q, until wait's other end is closed.

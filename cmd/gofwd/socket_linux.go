@@ -98,7 +98,7 @@ func outsideUID(uid int) (outside int, initial bool) {
 
 // listenControl makes the control socket of an instance. If name is "", it is
 // made of hint, with a number where that is taken. The caller removes it at the
-// end, with removeOwn.
+// end, with its ownFile.
 func listenControl(name, hint string) (*net.UnixListener, ownFile, error) {
 	dir, err := runtimeDir()
 	if err != nil {
@@ -143,7 +143,7 @@ func listenControl(name, hint string) (*net.UnixListener, ownFile, error) {
 
 // listenPesto makes the socket on which pesto is served, at a path of the user's
 // choice. A stale one makes way, anything else does not. The caller removes it at
-// the end, with removeOwn.
+// the end, with its ownFile.
 func listenPesto(path string) (_ *net.UnixListener, _ ownFile, err error) {
 	if path, err = filepath.Abs(path); err != nil {
 		return nil, ownFile{}, fmt.Errorf("make pesto's socket: %w", err)
@@ -178,6 +178,7 @@ func listenUnix(path string) (*net.UnixListener, ownFile, error) {
 	own, err := newOwnFile(path)
 	if err = errors.Join(err, os.Chmod(path, 0o600)); err != nil {
 		l.Close()
+		os.Remove(path)
 		return nil, ownFile{}, err
 	}
 	return l, own, nil
@@ -189,11 +190,17 @@ func listenUnix(path string) (*net.UnixListener, ownFile, error) {
 func lockDir(dir string) (*os.File, error) {
 	f, err := os.Open(dir)
 	if err != nil {
-		return nil, fmt.Errorf("open runtime directory: %w", err)
+		return nil, fmt.Errorf("open the socket's directory: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+	// In a directory that all may read, such as /tmp, anybody can hold it for ever.
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	for tries := 0; err == unix.EWOULDBLOCK && tries < 100; tries++ {
+		time.Sleep(20 * time.Millisecond)
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+	if err != nil {
 		f.Close()
-		return nil, fmt.Errorf("lock runtime directory: %w", err)
+		return nil, fmt.Errorf("lock the socket's directory: %w", &fs.PathError{Op: "flock", Path: dir, Err: err})
 	}
 	return f, nil
 }
