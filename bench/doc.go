@@ -53,8 +53,8 @@
 // and the tools may use all of them. With two processors that is one for
 // each end and none to spare, as on a small virtual machine.
 //
-// The processor time of a helper is that of all its processes, from
-// /proc/PID/stat, while the load ran. What the kernel does on its behalf in
+// The processor time of a helper is that of all its processes, from their CPU
+// clocks (clock_getcpuclockid(3)), while the load ran. What the kernel does on its behalf in
 // softirqs is charged to whoever was running, so it is a lower bound.
 //
 // # Rounds

@@ -69,7 +69,7 @@ func parseOptions(args []string) (*options, error) {
 	f.StringVar(&o.only, "only", "", "run only the rows whose group or name contains one of these `words`, separated by commas")
 	f.StringVar(&o.tools, "tools", "", "run only these tools, separated by commas; native is always worth having")
 	f.IntVar(&o.rounds, "rounds", 5, "take this many samples of every value")
-	f.Float64Var(&o.seconds, "seconds", 1, "each this long")
+	f.Float64Var(&o.seconds, "seconds", 1, "each this long; iperf3 counts whole ones")
 	f.BoolVar(&o.quick, "quick", false, "a few rows of gofwd, pasta and native in under two minutes")
 	f.BoolVar(&o.all, "all", false, "fail when a tool is missing")
 	f.BoolVar(&o.list, "list", false, "list the rows and exit")

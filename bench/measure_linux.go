@@ -107,9 +107,10 @@ func iperf(w way, ip int, load string, streams int, extra ...string) measurement
 			if err := server.awaitOutput(ctx, "listening"); err != nil {
 				return outcome{}, err
 			}
-			// iperf3 counts whole seconds; less is for trying out only.
+			// iperf3 counts whole seconds. Much less is for trying out: some
+			// megabytes say nothing of a rate.
 			amount := []string{"-t", wholeSeconds(seconds)}
-			if seconds < 1 {
+			if seconds < 0.1 {
 				amount = []string{"-n", "8M"}
 			}
 			argv := append([]string{"iperf3", "--json", "-c", e.to.String(), "-p", port}, amount...)
