@@ -124,6 +124,25 @@ func TestContainerLoopback(t *testing.T) {
 	})
 }
 
+// TestContainerLoopbackAuto: -T auto forwards what listens on the host, as it comes.
+func TestContainerLoopbackAuto(t *testing.T) {
+	t.Parallel()
+	tp := newTopo(t)
+	tp.attach(t, "-T", "auto")
+	eachFamily(t, func(t *testing.T, f family) {
+		go greet(tp.host.listenTCP(t, f.loopback, 5432), "late")
+		dst := netip.AddrPortFrom(f.loopback, 5432)
+		eventually(t, "the host's listener is not forwarded", func() bool {
+			c, err := tp.ctr.tryTCP(netip.Addr{}, dst, patience)
+			if err == nil {
+				c.Close()
+			}
+			return err == nil
+		})
+		tp.ctr.requireGreeting(t, dst, "late")
+	})
+}
+
 // TestContainerLoopbackRefused: with nobody behind -T, the client gets a reset at
 // once, not a connection that hangs.
 func TestContainerLoopbackRefused(t *testing.T) {

@@ -375,7 +375,7 @@ func TestPastaSignals(t *testing.T) {
 		{"trap 'exit 6' INT; echo there; sleep 1000 & wait", unix.SIGINT, true, 6},
 		{"trap '' HUP; echo there; sleep 0.5; exit 7", unix.SIGHUP, false, 7},
 		// As an init does that waits for signals with sigwait(3).
-		{"exec env --block-signal=TERM sh -c 'echo there; sleep 0.5; exit 8'", unix.SIGTERM, false, 8},
+		{`exec env --block-signal=TERM awk 'BEGIN { print "there"; fflush(); system("sleep 0.5"); exit 8 }'`, unix.SIGTERM, false, 8},
 		{"echo there; exec sleep 1000", unix.SIGKILL, false, -1},
 	} {
 		t.Run(fmt.Sprintf("%s %s", unix.SignalName(tt.signal), tt.script), func(t *testing.T) {

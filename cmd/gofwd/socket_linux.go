@@ -194,7 +194,7 @@ func lockDir(dir string) (*os.File, error) {
 	}
 	// In a directory that all may read, such as /tmp, anybody can hold it for ever.
 	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-	for tries := 0; err == unix.EWOULDBLOCK && tries < 100; tries++ {
+	for tries := 0; errors.Is(err, unix.EWOULDBLOCK) && tries < 100; tries++ {
 		time.Sleep(20 * time.Millisecond)
 		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	}

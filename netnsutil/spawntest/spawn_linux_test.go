@@ -100,6 +100,15 @@ func newReport() report {
 // enterOften goes in and out of a network namespace, as a spawned gofwd does,
 // and then looks for threads that are in it still.
 func enterOften() error {
+	here, err := netnsutil.Current()
+	if err != nil {
+		return err
+	}
+	defer here.Close()
+	// setns(2) refuses also to go where one is, without the right to it.
+	if err := here.Do(func() error { return nil }); err != nil {
+		return err
+	}
 	ns, err := netnsutil.New()
 	if err != nil {
 		return err
