@@ -151,6 +151,9 @@ func (l *lab) run(ctx context.Context) error {
 		return err
 	}
 	for _, name := range beds {
+		if ctx.Err() != nil {
+			return nil
+		}
 		if err := l.runBed(ctx, byBed[name]); err != nil {
 			return err
 		}
@@ -175,13 +178,13 @@ func (l *lab) runBed(ctx context.Context, rows []row) error {
 				if !rows[i].takes(t) {
 					continue
 				}
-				if ctx.Err() != nil {
-					return ctx.Err()
-				}
 				sample := &Sample{Row: rows[i].Name, Tool: t.name(), Round: round}
 				var err error
 				if sample.Values, err = l.sample(ctx, &rows[i], t, sites); err != nil {
 					sample.Err = err.Error()
+				}
+				if ctx.Err() != nil {
+					return nil // what has been measured counts
 				}
 				if err := l.out.Encode(report{Sample: sample}); err != nil {
 					return err

@@ -58,7 +58,7 @@ type options struct {
 	seconds       float64
 	quick, all    bool
 	list, compare bool
-	from          string
+	from, add     string
 	out, readme   string
 	args          []string
 }
@@ -75,6 +75,7 @@ func parseOptions(args []string) (*options, error) {
 	f.BoolVar(&o.list, "list", false, "list the rows and exit")
 	f.BoolVar(&o.compare, "compare", false, "compare two results, OLD.json NEW.json; fail on a regression of gofwd")
 	f.StringVar(&o.from, "from", "", "show this result.json instead of measuring")
+	f.StringVar(&o.add, "add", "", "add the rows of this result.json, of the same commit, that are not measured now")
 	f.StringVar(&o.out, "out", "", "write JSON, benchmark text, a page and charts into `dir`; \"auto\" names one in bench/results")
 	f.StringVar(&o.readme, "readme", "", "fill the benchmark markers of this Markdown `file`; needs -out")
 	if err := f.Parse(args); err != nil {
@@ -108,10 +109,21 @@ func parseOptions(args []string) (*options, error) {
 
 // result measures, or reads what was measured before.
 func (o *options) result() (*Result, error) {
+	var r *Result
+	var err error
 	if o.from != "" {
-		return loadResult(o.from)
+		r, err = loadResult(o.from)
+	} else {
+		r, err = measure(o)
 	}
-	return measure(o)
+	if err != nil || o.add == "" {
+		return r, err
+	}
+	other, err := loadResult(o.add)
+	if err != nil {
+		return nil, err
+	}
+	return r, r.add(other)
 }
 
 // toolNames returns the tools that were asked for; none means all.

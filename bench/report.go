@@ -337,15 +337,20 @@ func (r *Result) toolTable() *table {
 	return t
 }
 
-// describe returns the machine in one sentence.
-func (m *Machine) describe() string {
-	return fmt.Sprintf("%s, Linux %s, %d cores (%s), gofwd %s, started by %s, host's congestion control %s, %s, %g s each; median and spread (%d %% interval).",
-		m.Date.Format("2006-01-02"), m.Kernel, m.Cores, m.CPU, m.Gofwd, m.User, m.DefaultCC, plural(m.Rounds, "round"), m.Seconds, int(100*confidence))
+// describe returns what was measured, and how, in one sentence.
+func (r *Result) describe() string {
+	m := &r.Machine
+	rounds := plural(m.Rounds, "round")
+	if fewest := r.fewestRounds(); fewest < m.Rounds {
+		rounds = fmt.Sprintf("%d to %s", fewest, rounds)
+	}
+	return fmt.Sprintf("%s, Linux %s, %d cores (%s), gofwd %s, started by %s, host's congestion control %s, %s, %g s each (iperf3: %s); median and spread (%d %% interval).",
+		m.Date.Format("2006-01-02"), m.Kernel, m.Cores, m.CPU, m.Gofwd, m.User, m.DefaultCC, rounds, m.Seconds, wholeSeconds(m.Seconds), int(100*confidence))
 }
 
 // writeText prints the whole result.
 func (r *Result) writeText(w io.Writer) {
-	fmt.Fprintln(w, r.Machine.describe())
+	fmt.Fprintln(w, r.describe())
 	for _, g := range groups {
 		if len(r.rowsOf(g)) > 0 {
 			fmt.Fprintln(w)
@@ -387,7 +392,7 @@ func (r *Result) blocks(charts []chartFile, dir string) map[string]string {
 		"summary": r.summaryBlock(),
 		"source":  r.sourceTable().markdown(),
 		"tools":   r.toolTable().markdown(),
-		"machine": r.Machine.describe() + "\n",
+		"machine": r.describe() + "\n",
 	}
 	var b strings.Builder
 	for _, g := range groups {

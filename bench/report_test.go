@@ -42,7 +42,7 @@ func manyRows() *Result {
 		r.Rows = append(r.Rows, other.Rows...)
 		r.Samples = append(r.Samples, other.Samples...)
 		for _, tool := range other.Tools {
-			r.add(tool)
+			r.addTool(tool)
 		}
 	}
 	return r

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"time"
 )
 
@@ -33,9 +35,10 @@ type Machine struct {
 	// Sysctls are those that decide about throughput, as found.
 	Sysctls map[string]string `json:"sysctls"`
 	// MaxFiles is the hard limit of open files that the tools got.
-	MaxFiles uint64  `json:"max_files"`
-	Rounds   int     `json:"rounds"`
-	Seconds  float64 `json:"seconds"`
+	MaxFiles uint64 `json:"max_files"`
+	// Rounds were asked for; a row may have fewer, see [Result.fewestRounds].
+	Rounds  int     `json:"rounds"`
+	Seconds float64 `json:"seconds"`
 }
 
 // ToolInfo is a tool as it was found and started.
@@ -130,6 +133,56 @@ func loadResult(path string) (*Result, error) {
 		return nil, fmt.Errorf("read result %s: %w", path, err)
 	}
 	return r, nil
+}
+
+// add adds the rows of another result that r lacks, and their samples.
+func (r *Result) add(other *Result) error {
+	if r.Machine.Gofwd != other.Machine.Gofwd || r.Machine.Kernel != other.Machine.Kernel {
+		return fmt.Errorf("add rows: they are of gofwd %s on Linux %s, and these of %s on %s",
+			other.Machine.Gofwd, other.Machine.Kernel, r.Machine.Gofwd, r.Machine.Kernel)
+	}
+	have := make(map[string]bool)
+	for _, row := range r.Rows {
+		have[row.Name] = true
+	}
+	rows := make(map[string]Row)
+	for _, row := range append(slices.Clone(r.Rows), other.Rows...) {
+		if _, ok := rows[row.Name]; !ok {
+			rows[row.Name] = row
+		}
+	}
+	r.Rows = nil
+	for _, p := range plan() { // the order in which they are shown
+		if row, ok := rows[p.Name]; ok {
+			r.Rows = append(r.Rows, row)
+		}
+	}
+	for _, s := range other.Samples {
+		if !have[s.Row] {
+			r.Samples = append(r.Samples, s)
+		}
+	}
+	for _, t := range other.Tools {
+		if r.tool(t.Name) == nil {
+			r.addTool(t)
+		}
+	}
+	r.Machine.Rounds = max(r.Machine.Rounds, other.Machine.Rounds)
+	r.Machine.Seconds = min(r.Machine.Seconds, other.Machine.Seconds)
+	return nil
+}
+
+// fewestRounds returns how many samples the row has that has the fewest, of the tool
+// that has the most there.
+func (r *Result) fewestRounds() int {
+	rounds := make(map[string]int)
+	for _, s := range r.Samples {
+		rounds[s.Row] = max(rounds[s.Row], s.Round+1)
+	}
+	if len(rounds) == 0 {
+		return 0
+	}
+	return slices.Min(slices.Collect(maps.Values(rounds)))
 }
 
 // json returns the result as a file with one tool, row or sample a line, so that

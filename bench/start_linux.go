@@ -1,12 +1,14 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -43,6 +45,10 @@ func measure(o *options) (*Result, error) {
 		return nil, err
 	}
 	defer out.Close()
+	// ^C ends the run early: what has been measured is shown.
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
+	defer context.AfterFunc(ctx, func() { _ = proc.Signal(unix.SIGTERM) })()
 	collectErr := collect(o, out, result)
 	state, err := proc.Wait()
 	if err != nil {
@@ -158,7 +164,7 @@ func collect(o *options, from io.Reader, result *Result) error {
 		case r.Total > 0:
 			bar.ChangeMax(r.Total)
 		case r.Tool != nil:
-			result.add(*r.Tool)
+			result.addTool(*r.Tool)
 			if r.Tool.Missing != "" {
 				fmt.Fprintf(os.Stderr, "bench: leaving out %s: %s\n", r.Tool.Name, r.Tool.Missing)
 				if o.all {
@@ -173,8 +179,8 @@ func collect(o *options, from io.Reader, result *Result) error {
 	}
 }
 
-// add puts a tool into the list, in the order of the columns.
-func (r *Result) add(info ToolInfo) {
+// addTool puts a tool into the list, in the order of the columns.
+func (r *Result) addTool(info ToolInfo) {
 	if have := r.tool(info.Name); have != nil {
 		*have = info
 		return

@@ -88,3 +88,22 @@ func toolNames() []string {
 	}
 	return names
 }
+
+// Rows that were measured before are added to those of now, which win.
+func TestAdd(t *testing.T) {
+	rows := plan()
+	first, second := rows[0].Name, rows[1].Name
+	now := testResult(second, unitGbps, map[string][]float64{toolKernel: {1, 2, 3}})
+	before := testResult(first, unitGbps, map[string][]float64{toolKernel: {4, 5}, toolPasta: {6, 7}})
+	old := testResult(second, unitGbps, map[string][]float64{toolKernel: {8}})
+	before.Rows, before.Samples = append(before.Rows, old.Rows...), append(before.Samples, old.Samples...)
+	require.NoError(t, now.add(before))
+	require.Equal(t, []string{first, second}, []string{now.Rows[0].Name, now.Rows[1].Name})
+	require.Equal(t, map[int]float64{0: 4, 1: 5}, now.rounds(first, toolKernel, unitGbps))
+	require.Len(t, now.rounds(second, toolKernel, unitGbps), 3)
+	require.NotNil(t, now.tool(toolPasta))
+	require.Equal(t, 2, now.fewestRounds())
+	require.Contains(t, now.describe(), "2 to 5 rounds")
+	before.Machine.Gofwd = "another"
+	require.ErrorContains(t, now.add(before), "another")
+}
