@@ -50,7 +50,7 @@ type detour struct {
 
 const (
 	// detourAge is how long a server is believed to be what it was. To look
-	// costs 50 µs; a NAT is found by waiting only, and believed longer.
+	// is cheap; a NAT is found by waiting only, and believed longer.
 	detourAge    = 5 * time.Second
 	detourAgeNAT = time.Minute
 	// silentAfter is when the kernel path to a listener is given up: when a

@@ -17,8 +17,7 @@ import (
 // they run. One goroutine does that for all of them; it ends with the Forwarder,
 // and sleeps while there are no such rules.
 //
-// The kernel announces no listeners, so they are asked for (sock_diag(7)). Once
-// takes some 50 µs, ten times a second 0.05 % of a processor.
+// The kernel announces no listeners, so they are asked for (sock_diag(7)).
 const (
 	pollListeners = 100 * time.Millisecond
 	// retryBusy is how long a port that something else has is left alone.

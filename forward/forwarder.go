@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
-	"slices"
 	"time"
 
 	"github.com/gofwd/gofwd/netnsutil"
@@ -86,55 +85,6 @@ type Config struct {
 	Logger *slog.Logger
 
 	noHold bool // for tests: as if there were no nf_tables
-}
-
-// Network is how the namespace is numbered, and what its special addresses mean.
-type Network struct {
-	// IfName is the tap's name; "" is tap0.
-	IfName string
-	// MTU of the tap in bytes; 0 is 1500.
-	MTU int
-	// MAC is the tap's MAC address, nil is the kernel's choice; GatewayMAC is
-	// ours on the other side of it, nil is 02:67:6f:66:77:64.
-	MAC, GatewayMAC net.HardwareAddr
-	// NoIPv4 and NoIPv6 leave out a family.
-	NoIPv4, NoIPv6 bool
-	// Addrs are the container's addresses, at most one of each family; a
-	// family without one gets 10.0.2.100/24 (the next free 10.0.N.0/24
-	// where the host is in 10.0.2.0/24) and fd67:6f66:7764::100/64.
-	Addrs []netip.Prefix
-	// Gateways are the default gateways; the default is host 2 of the net.
-	Gateways []netip.Addr
-	// DNS are the addresses at which the container finds its resolver; the
-	// default is host 3 of the net. Port 53 and 853 of them lead to the
-	// host's own nameservers.
-	DNS []netip.Addr
-	// Nameservers are asked instead of the host's own.
-	Nameservers []netip.Addr
-	// NoDNS forwards no DNS address.
-	NoDNS bool
-	// CopyHost copies addresses and routes of the host's main interface
-	// instead, as --config-net of pasta(1).
-	CopyHost bool
-	// HostIfName is that interface; "" is that of the default route.
-	HostIfName string
-	// HostAlias are the addresses under which the container reaches the
-	// host's main address, and sees it; the default is 169.254.1.2 and
-	// fd67:6f66:7764::1. NoHostAlias is none.
-	HostAlias   []netip.Addr
-	NoHostAlias bool
-	// MapHostLoopback are addresses under which the container reaches the
-	// host's loopback; the default is none.
-	MapHostLoopback []netip.Addr
-	// Services tell the container all this, if it asks.
-	Services Services
-	// Unconfigured leaves the tap down and without addresses, for a container
-	// that configures itself. Forwards lead to an address above, or where the
-	// container has taken others, to one of those; until then, to none.
-	Unconfigured bool
-	// NoNDP answers no IPv6 neighbour discovery, so that there is no IPv6
-	// unless the container knows our MAC address.
-	NoNDP bool
 }
 
 // Forwarder is a running set of forwards.
@@ -526,91 +476,4 @@ func (f *Forwarder) Close() error {
 	f.close()
 	<-f.ended
 	return nil
-}
-
-// Traffic is how many flows there are and were, and the bytes of payload that
-// they moved.
-type Traffic struct {
-	Active int64 `json:"active"`
-	Total  int64 `json:"total"`
-	// Refused counts what a limit of the forward refused, or for want of
-	// descriptors, which is not in Total.
-	Refused int64 `json:"refused,omitempty"`
-	// BytesIn went into the namespace, BytesOut came out of it.
-	BytesIn  int64 `json:"bytes_in"`
-	BytesOut int64 `json:"bytes_out"`
-}
-
-// RuleStatus is a forward and how it fares.
-type RuleStatus struct {
-	ID   int  `json:"id"`
-	Rule Rule `json:"rule"`
-	// Bound are the host addresses that were bound, the free port that
-	// was chosen included.
-	Bound []netip.AddrPort `json:"bound"`
-	// Path is the way that its connections take, and Reason says why it is
-	// not the best one; "" where it is.
-	Path   Datapath `json:"path"`
-	Reason string   `json:"reason,omitempty"`
-	// Problems are the ports that could not be bound, and why, and clients
-	// whose address the server can't see, since it lacks their family.
-	Problems []string `json:"problems,omitempty"`
-	Traffic
-}
-
-// Status is what a Forwarder is and does, for people and for JSON.
-type Status struct {
-	NetNS   string         `json:"netns"`
-	IfName  string         `json:"ifname"`
-	MTU     int            `json:"mtu"`
-	Addrs   []netip.Prefix `json:"addrs"`
-	Gateway []netip.Addr   `json:"gateways"`
-	DNS     []netip.Addr   `json:"dns"`
-	Alias   []netip.Addr   `json:"host_alias"`
-	Started time.Time      `json:"started"`
-	// Generation counts the changes of the rules, from 1; see [Change].
-	Generation uint64       `json:"generation"`
-	Rules      []RuleStatus `json:"forwards"`
-	// Outbound is what the container began itself, and what it heard in
-	// multicast groups.
-	Outbound Traffic `json:"outbound"`
-	// Groups are those of [Config].Multicast.
-	Groups []GroupStatus `json:"multicast,omitempty"`
-	// Notes are sentences an operator should read: abilities that are
-	// missing and what to do about it.
-	Notes []string `json:"notes,omitempty"`
-}
-
-// Status returns a snapshot.
-func (f *Forwarder) Status() Status {
-	s := Status{
-		NetNS:    f.cfg.NetNS.String(),
-		IfName:   f.plan.link.Name,
-		MTU:      f.plan.link.MTU,
-		Addrs:    f.plan.link.Addrs,
-		Gateway:  f.plan.addrs.gateways,
-		DNS:      f.plan.addrs.dns,
-		Alias:    f.plan.addrs.alias,
-		Started:  f.started,
-		Outbound: f.tcp.outbound.traffic(),
-		Notes:    slices.Clone(f.notes),
-	}
-	rules, generation := f.rules.list()
-	s.Generation, s.Rules = generation, make([]RuleStatus, 0, len(rules))
-	for _, r := range rules {
-		s.Rules = append(s.Rules, r.status())
-	}
-	if f.groups != nil {
-		s.Groups = f.groups.status()
-	}
-	if n := f.tcp.guestSYNs.Load(); n > 0 {
-		s.Notes = append(s.Notes, fmt.Sprintf("%d connections were not begun by the namespace's kernel, "+
-			"but by a guest in it or behind it: they took the tap path", n))
-	}
-	if f.ping != nil {
-		if note := f.ping.note(); note != "" {
-			s.Notes = append(s.Notes, note)
-		}
-	}
-	return s
 }

@@ -11,6 +11,55 @@ import (
 	"github.com/gofwd/gofwd/stack"
 )
 
+// Network is how the namespace is numbered, and what its special addresses mean.
+type Network struct {
+	// IfName is the tap's name; "" is tap0.
+	IfName string
+	// MTU of the tap in bytes; 0 is 1500.
+	MTU int
+	// MAC is the tap's MAC address, nil is the kernel's choice; GatewayMAC is
+	// ours on the other side of it, nil is 02:67:6f:66:77:64.
+	MAC, GatewayMAC net.HardwareAddr
+	// NoIPv4 and NoIPv6 leave out a family.
+	NoIPv4, NoIPv6 bool
+	// Addrs are the container's addresses, at most one of each family; a
+	// family without one gets 10.0.2.100/24 (the next free 10.0.N.0/24
+	// where the host is in 10.0.2.0/24) and fd67:6f66:7764::100/64.
+	Addrs []netip.Prefix
+	// Gateways are the default gateways; the default is host 2 of the net.
+	Gateways []netip.Addr
+	// DNS are the addresses at which the container finds its resolver; the
+	// default is host 3 of the net. Port 53 and 853 of them lead to the
+	// host's own nameservers.
+	DNS []netip.Addr
+	// Nameservers are asked instead of the host's own.
+	Nameservers []netip.Addr
+	// NoDNS forwards no DNS address.
+	NoDNS bool
+	// CopyHost copies addresses and routes of the host's main interface
+	// instead, as --config-net of pasta(1).
+	CopyHost bool
+	// HostIfName is that interface; "" is that of the default route.
+	HostIfName string
+	// HostAlias are the addresses under which the container reaches the
+	// host's main address, and sees it; the default is 169.254.1.2 and
+	// fd67:6f66:7764::1. NoHostAlias is none.
+	HostAlias   []netip.Addr
+	NoHostAlias bool
+	// MapHostLoopback are addresses under which the container reaches the
+	// host's loopback; the default is none.
+	MapHostLoopback []netip.Addr
+	// Services tell the container all this, if it asks.
+	Services Services
+	// Unconfigured leaves the tap down and without addresses, for a container
+	// that configures itself. Forwards lead to an address above, or where the
+	// container has taken others, to one of those; until then, to none.
+	Unconfigured bool
+	// NoNDP answers no IPv6 neighbour discovery, so that there is no IPv6
+	// unless the container knows our MAC address.
+	NoNDP bool
+}
+
 const (
 	defaultIfName = "tap0"
 	defaultMTU    = 1500

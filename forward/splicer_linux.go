@@ -42,7 +42,7 @@ type splicer struct {
 	reserve int        // a descriptor to give up when there is no other, -1 if none
 }
 
-// maxSpliceLoops is enough for 100 Gb/s.
+// maxSpliceLoops bounds the threads on machines with many processors.
 const maxSpliceLoops = 8
 
 // newSplicer starts the threads, in ns if that is not nil.

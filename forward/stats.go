@@ -224,3 +224,90 @@ func (r *activeRule) fail(f failedPort) {
 	defer r.mu.Unlock()
 	r.failed = append(slices.DeleteFunc(r.failed, func(old failedPort) bool { return old.port == f.port }), f)
 }
+
+// Traffic is how many flows there are and were, and the bytes of payload that
+// they moved.
+type Traffic struct {
+	Active int64 `json:"active"`
+	Total  int64 `json:"total"`
+	// Refused counts what a limit of the forward refused, or for want of
+	// descriptors, which is not in Total.
+	Refused int64 `json:"refused,omitempty"`
+	// BytesIn went into the namespace, BytesOut came out of it.
+	BytesIn  int64 `json:"bytes_in"`
+	BytesOut int64 `json:"bytes_out"`
+}
+
+// RuleStatus is a forward and how it fares.
+type RuleStatus struct {
+	ID   int  `json:"id"`
+	Rule Rule `json:"rule"`
+	// Bound are the host addresses that were bound, the free port that
+	// was chosen included.
+	Bound []netip.AddrPort `json:"bound"`
+	// Path is the way that its connections take, and Reason says why it is
+	// not the best one; "" where it is.
+	Path   Datapath `json:"path"`
+	Reason string   `json:"reason,omitempty"`
+	// Problems are the ports that could not be bound, and why, and clients
+	// whose address the server can't see, since it lacks their family.
+	Problems []string `json:"problems,omitempty"`
+	Traffic
+}
+
+// Status is what a Forwarder is and does, for people and for JSON.
+type Status struct {
+	NetNS   string         `json:"netns"`
+	IfName  string         `json:"ifname"`
+	MTU     int            `json:"mtu"`
+	Addrs   []netip.Prefix `json:"addrs"`
+	Gateway []netip.Addr   `json:"gateways"`
+	DNS     []netip.Addr   `json:"dns"`
+	Alias   []netip.Addr   `json:"host_alias"`
+	Started time.Time      `json:"started"`
+	// Generation counts the changes of the rules, from 1; see [Change].
+	Generation uint64       `json:"generation"`
+	Rules      []RuleStatus `json:"forwards"`
+	// Outbound is what the container began itself, and what it heard in
+	// multicast groups.
+	Outbound Traffic `json:"outbound"`
+	// Groups are those of [Config].Multicast.
+	Groups []GroupStatus `json:"multicast,omitempty"`
+	// Notes are sentences an operator should read: abilities that are
+	// missing and what to do about it.
+	Notes []string `json:"notes,omitempty"`
+}
+
+// Status returns a snapshot.
+func (f *Forwarder) Status() Status {
+	s := Status{
+		NetNS:    f.cfg.NetNS.String(),
+		IfName:   f.plan.link.Name,
+		MTU:      f.plan.link.MTU,
+		Addrs:    f.plan.link.Addrs,
+		Gateway:  f.plan.addrs.gateways,
+		DNS:      f.plan.addrs.dns,
+		Alias:    f.plan.addrs.alias,
+		Started:  f.started,
+		Outbound: f.tcp.outbound.traffic(),
+		Notes:    slices.Clone(f.notes),
+	}
+	rules, generation := f.rules.list()
+	s.Generation, s.Rules = generation, make([]RuleStatus, 0, len(rules))
+	for _, r := range rules {
+		s.Rules = append(s.Rules, r.status())
+	}
+	if f.groups != nil {
+		s.Groups = f.groups.status()
+	}
+	if n := f.tcp.guestSYNs.Load(); n > 0 {
+		s.Notes = append(s.Notes, fmt.Sprintf("%d connections were not begun by the namespace's kernel, "+
+			"but by a guest in it or behind it: they took the tap path", n))
+	}
+	if f.ping != nil {
+		if note := f.ping.note(); note != "" {
+			s.Notes = append(s.Notes, note)
+		}
+	}
+	return s
+}

@@ -108,7 +108,7 @@ func (ns *NS) Equal(other *NS) bool {
 // threads. If fn calls [runtime.Goexit], as tests do that fail, so does Do.
 //
 // Where the way back is barred, as it is from a container's namespace to the
-// host's for an ordinary user, a call costs one thread, some 50 µs; else 15 µs.
+// host's for an ordinary user, a call costs one thread.
 func (ns *NS) Do(fn func() error) error {
 	return onThread(func() (clean bool, err error) {
 		home, err := Current()

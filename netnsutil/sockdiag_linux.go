@@ -52,7 +52,7 @@ func (ns *NS) SockDiag() (*SockDiag, error) {
 func (d *SockDiag) Close() error { return unix.Close(d.fd) }
 
 // AppendListeners appends the namespace's listeners to list, in no order, and
-// returns it. It takes some 50 µs, and allocates only what list lacks.
+// returns it. It allocates only what list lacks.
 func (d *SockDiag) AppendListeners(list []Listener) ([]Listener, error) {
 	for _, q := range [...]struct {
 		proto, family uint8
