@@ -4,7 +4,7 @@
 //	go run ./bench                                  everything
 //	go run ./bench -quick                           a first impression, under two minutes
 //	go run ./bench -only tcp,UDP/size=64 -tools native,gofwd-tap,pasta
-//	go run ./bench -list                            what there is
+//	go run ./bench -list                            what there is, and about how long it takes
 //	go run ./bench -compare OLD.json NEW.json       exits with 1 on a regression
 //
 // It needs neither root nor a set-up: it starts itself once more as root of a

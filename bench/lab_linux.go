@@ -26,7 +26,7 @@ type order struct {
 
 // report is one line of the lab's answer.
 type report struct {
-	Total  int       `json:"total,omitempty"` // samples to come
+	Total  *workload `json:"total,omitempty"` // what is to come
 	Tool   *ToolInfo `json:"tool,omitempty"`
 	Sample *Sample   `json:"sample,omitempty"`
 }
@@ -133,7 +133,6 @@ func (l *lab) findTools() error {
 // run runs bed after bed. What stays up during a bed are the sites of all
 // tools, so that the samples of a row can be taken one soon after the other.
 func (l *lab) run(ctx context.Context) error {
-	total := 0
 	byBed := map[string][]row{}
 	var beds []string
 	for _, r := range l.rows {
@@ -141,13 +140,9 @@ func (l *lab) run(ctx context.Context) error {
 			beds = append(beds, r.bed.name)
 		}
 		byBed[r.bed.name] = append(byBed[r.bed.name], r)
-		for _, t := range l.tools {
-			if r.takes(t) {
-				total += l.order.Rounds
-			}
-		}
 	}
-	if err := l.out.Encode(report{Total: total}); err != nil {
+	total := newWorkload(l.rows, l.tools, l.order.Rounds, l.order.Seconds)
+	if err := l.out.Encode(report{Total: &total}); err != nil {
 		return err
 	}
 	for _, name := range beds {

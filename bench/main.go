@@ -39,6 +39,11 @@ func run(args []string, stdout io.Writer) error {
 		for _, r := range opt.rows() {
 			fmt.Fprintf(stdout, "%-10s %-70s %s\n", r.Group, r.Name, r.Title)
 		}
+		tools, err := selectTools(opt.toolNames())
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(os.Stderr, "%s, if every tool is there\n", newWorkload(opt.rows(), tools, opt.rounds, opt.seconds))
 		return nil
 	case opt.compare:
 		return runCompare(opt.args, stdout)
@@ -72,7 +77,7 @@ func parseOptions(args []string) (*options, error) {
 	f.Float64Var(&o.seconds, "seconds", 1, "each this long; iperf3 counts whole ones")
 	f.BoolVar(&o.quick, "quick", false, "a few rows of gofwd, pasta and native in under two minutes")
 	f.BoolVar(&o.all, "all", false, "fail when a tool is missing")
-	f.BoolVar(&o.list, "list", false, "list the rows and exit")
+	f.BoolVar(&o.list, "list", false, "list the rows, say about how long they take, and exit")
 	f.BoolVar(&o.compare, "compare", false, "compare two results, OLD.json NEW.json; fail on a regression of gofwd")
 	f.StringVar(&o.from, "from", "", "show this result.json instead of measuring")
 	f.StringVar(&o.add, "add", "", "add the rows of this result.json, of the same commit, that are not measured now")

@@ -22,6 +22,9 @@ const self = "/proc/self/exe"
 type measurement struct {
 	command string
 	run     func(ctx context.Context, s *site, seconds float64) (outcome, error)
+	// about is how long that takes, in seconds; a tool that is slow or stuck
+	// takes longer.
+	about func(seconds float64) float64
 }
 
 // outcome is what a load measured, and how much it moved: the cost of the tool's
@@ -93,6 +96,7 @@ func iperf(w way, ip int, load string, streams int, extra ...string) measurement
 	}
 	return measurement{
 		command: "iperf3 -c ADDR -t SECONDS " + strings.Join(args, " "),
+		about:   ceilSeconds,
 		run: func(ctx context.Context, s *site, seconds float64) (outcome, error) {
 			e := s.ends(w, ip)
 			port := strconv.Itoa(choosePort(w, portIperf, portOutIperf))
@@ -133,7 +137,9 @@ func choosePort(w way, in, out int) int {
 	return in
 }
 
-func wholeSeconds(seconds float64) string { return strconv.Itoa(max(1, int(math.Ceil(seconds)))) }
+func ceilSeconds(seconds float64) float64 { return max(1, math.Ceil(seconds)) }
+
+func wholeSeconds(seconds float64) string { return strconv.Itoa(int(ceilSeconds(seconds))) }
 
 // iperfError returns the error in the JSON output of iperf3, "" where none is.
 func iperfError(out []byte) string {
@@ -176,6 +182,7 @@ func ours(kind string, w way, ip int, args ...int) measurement {
 	}
 	return measurement{
 		command: strings.TrimSpace("bench load " + kind + " ADDR:PORT SECONDS " + strings.Join(texts, " ")),
+		about:   func(seconds float64) float64 { return seconds },
 		run: func(ctx context.Context, s *site, seconds float64) (outcome, error) {
 			e := s.ends(w, ip)
 			port := choosePort(w, portLoad, portOutLoad)
@@ -210,6 +217,7 @@ const connections = 64
 func web(w way, ip int) measurement {
 	return measurement{
 		command: fmt.Sprintf("wrk -t 1 -c %d -d SECONDS --latency http://ADDR/", connections),
+		about:   ceilSeconds,
 		run: func(ctx context.Context, s *site, seconds float64) (outcome, error) {
 			if err := s.startWeb(ctx); err != nil {
 				return outcome{}, err
@@ -316,6 +324,7 @@ const settle = 300 * time.Millisecond
 func idle(n int) measurement {
 	return measurement{
 		command: fmt.Sprintf("bench load idle ADDR:PORT SECONDS %d", n),
+		about:   func(seconds float64) float64 { return settle.Seconds() + seconds + float64(n)/1000 },
 		run: func(ctx context.Context, s *site, seconds float64) (outcome, error) {
 			e := s.ends(remote, 4)
 			to := netip.AddrPortFrom(e.to, portLoad).String()
@@ -362,6 +371,7 @@ func idle(n int) measurement {
 // them.
 func flows(w way, n int) measurement {
 	m := ours("flows", w, 4, n)
+	m.about = func(float64) float64 { return settle.Seconds() + float64(n)/10_000 }
 	load := m.run
 	m.run = func(ctx context.Context, s *site, seconds float64) (outcome, error) {
 		got, err := load(ctx, s, seconds)
@@ -381,6 +391,7 @@ func flows(w way, n int) measurement {
 func life() measurement {
 	return measurement{
 		command: "connect until the server in the container answers",
+		about:   func(float64) float64 { return settle.Seconds() + 0.1 },
 		run: func(ctx context.Context, s *site, seconds float64) (outcome, error) {
 			values := map[string]float64{unitStart: float64(s.ready.Microseconds()) / 1e3}
 			time.Sleep(settle)

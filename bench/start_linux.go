@@ -15,7 +15,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/schollz/progressbar/v3"
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 
@@ -148,10 +147,8 @@ func liftFileLimit() {
 // collect reads the lab's reports to their end, and shows how far it is.
 func collect(o *options, from io.Reader, result *Result) error {
 	in := json.NewDecoder(from)
-	bar := progressbar.NewOptions(1,
-		progressbar.OptionSetWriter(os.Stderr), progressbar.OptionSetVisibility(term.IsTerminal(int(os.Stderr.Fd()))),
-		progressbar.OptionShowCount(), progressbar.OptionSetPredictTime(true), progressbar.OptionClearOnFinish())
-	defer func() { _ = bar.Finish() }()
+	p := newProgress(os.Stderr, term.IsTerminal(int(os.Stderr.Fd())), o)
+	defer p.end()
 	for {
 		var r report
 		switch err := in.Decode(&r); {
@@ -161,8 +158,8 @@ func collect(o *options, from io.Reader, result *Result) error {
 			return fmt.Errorf("read reports: %w", err)
 		}
 		switch {
-		case r.Total > 0:
-			bar.ChangeMax(r.Total)
+		case r.Total != nil:
+			p.begin(*r.Total)
 		case r.Tool != nil:
 			result.addTool(*r.Tool)
 			if r.Tool.Missing != "" {
@@ -173,8 +170,7 @@ func collect(o *options, from io.Reader, result *Result) error {
 			}
 		case r.Sample != nil:
 			result.Samples = append(result.Samples, *r.Sample)
-			bar.Describe(fmt.Sprintf("round %d  %s  %s", r.Sample.Round+1, r.Sample.Row, r.Sample.Tool))
-			_ = bar.Add(1)
+			p.add(r.Sample)
 		}
 	}
 }
