@@ -22,8 +22,8 @@ const (
 	pollListeners = 100 * time.Millisecond
 	// retryBusy is how long a port that something else has is left alone.
 	retryBusy = time.Second
-	// settle is how long changes of addresses and interfaces may go on before
-	// they are looked at: they come in bursts.
+	// settle is how long changes of addresses and interfaces are collected
+	// before they are looked at.
 	settle = 50 * time.Millisecond
 )
 
@@ -56,14 +56,12 @@ func (s *ruleSet) follow(r *activeRule) {
 func (s *ruleSet) followLoop(wake <-chan struct{}) {
 	defer s.tcp.wg.Done()
 	defer s.follower.close()
-	watch, err := netnsutil.WatchHost()
-	var changes <-chan struct{}
-	if err == nil {
-		defer watch.Close()
-		changes = watch.Changes()
-	} else {
+	watch, err := netnsutil.WatchHost(settle)
+	if err != nil {
 		s.log.Warn("addresses that appear are noticed late", "err", err)
 	}
+	defer watch.Close()
+	changes := watch.Changes()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -75,8 +73,6 @@ func (s *ruleSet) followLoop(wake <-chan struct{}) {
 			if !ok {
 				changes = nil // there will be no more
 			}
-			timer.Reset(settle)
-			continue
 		case <-timer.C:
 		}
 		if again := s.reconcile(); again > 0 {

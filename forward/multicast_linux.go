@@ -90,18 +90,16 @@ func (l *listeningGroups) close() {
 func (l *listeningGroups) loop(ctx context.Context) {
 	defer l.wg.Done()
 	defer l.diag.Close()
-	watch, err := netnsutil.WatchHost()
-	var changes <-chan struct{}
-	if err == nil {
-		defer watch.Close()
-		changes = watch.Changes()
-	} else {
+	watch, err := netnsutil.WatchHost(settle)
+	if err != nil {
 		l.log.Warn("multicast groups stay on their interfaces", "err", err)
 	}
-	poll, moved := time.NewTicker(pollListeners), time.NewTimer(0)
+	defer watch.Close()
+	changes := watch.Changes()
+	poll := time.NewTicker(pollListeners)
 	defer poll.Stop()
-	defer moved.Stop()
-	for {
+	for l.placeAll(); ; {
+		l.listen()
 		select {
 		case <-ctx.Done():
 			return
@@ -109,15 +107,15 @@ func (l *listeningGroups) loop(ctx context.Context) {
 			if !ok {
 				changes = nil // there will be no more
 			}
-			moved.Reset(settle)
-			continue
-		case <-moved.C:
-			for _, g := range l.groups.all {
-				l.report(g, l.place(g))
-			}
+			l.placeAll()
 		case <-poll.C:
 		}
-		l.listen()
+	}
+}
+
+func (l *listeningGroups) placeAll() {
+	for _, g := range l.groups.all {
+		l.report(g, l.place(g))
 	}
 }
 

@@ -61,7 +61,7 @@ type guestAddrs struct {
 func (f *Forwarder) watchGuest() error {
 	g := &guestAddrs{planned: f.plan.addrs.guest, read: f.readGuestAddrs}
 	err := f.cfg.NetNS.Do(func() (err error) {
-		g.watch, err = netnsutil.WatchHost()
+		g.watch, err = netnsutil.WatchHost(guestAddrsPause)
 		return err
 	})
 	if err != nil {
@@ -94,7 +94,6 @@ func (g *guestAddrs) follow() {
 	defer g.wg.Done()
 	for range g.watch.Changes() {
 		g.refresh()
-		time.Sleep(guestAddrsPause)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -183,13 +184,15 @@ func MainAddr(ipv6 bool) (netip.Addr, bool) {
 // HostWatch tells when the host's network changes. It is made by [WatchHost].
 type HostWatch struct {
 	sock    *os.File
+	settle  time.Duration
 	changes chan struct{}
 	done    chan struct{}
 }
 
-// WatchHost starts to watch addresses, routes and interfaces of the host. The
-// caller closes it.
-func WatchHost() (*HostWatch, error) {
+// WatchHost starts to watch addresses, routes and interfaces of the host. Changes
+// come in bursts: those within settle of the first are one, which is told then; 0
+// tells of each at once. The caller closes the watch.
+func WatchHost(settle time.Duration) (*HostWatch, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("watch the host's network: %w", os.NewSyscallError("socket", err))
@@ -205,6 +208,7 @@ func WatchHost() (*HostWatch, error) {
 	}
 	w := &HostWatch{
 		sock:    os.NewFile(uintptr(fd), "rtnetlink"),
+		settle:  settle,
 		changes: make(chan struct{}, 1),
 		done:    make(chan struct{}),
 	}
@@ -213,12 +217,20 @@ func WatchHost() (*HostWatch, error) {
 }
 
 // Changes returns a channel that yields after a change. Changes that come while
-// nobody receives are one; and since they come in bursts, it pays to wait for
-// some 100 ms before looking what has changed. It is closed by Close.
-func (w *HostWatch) Changes() <-chan struct{} { return w.changes }
+// nobody receives are one. It is closed by Close. Of a nil HostWatch it is nil:
+// there are never any.
+func (w *HostWatch) Changes() <-chan struct{} {
+	if w == nil {
+		return nil
+	}
+	return w.changes
+}
 
-// Close ends the watch. It is idempotent.
+// Close ends the watch. It is idempotent, and may be called on nil.
 func (w *HostWatch) Close() error {
+	if w == nil {
+		return nil
+	}
 	err := w.sock.Close()
 	<-w.done
 	if errors.Is(err, os.ErrClosed) {
@@ -231,15 +243,24 @@ func (w *HostWatch) Close() error {
 func (w *HostWatch) receive() {
 	defer close(w.done)
 	defer close(w.changes)
-	buf := make([]byte, 16<<10)
-	for {
-		// ENOBUFS says that there were more messages than would fit.
-		if _, err := w.sock.Read(buf); err != nil && !errors.Is(err, unix.ENOBUFS) {
-			return
+	for w.read() {
+		if w.settle > 0 {
+			_ = w.sock.SetReadDeadline(time.Now().Add(w.settle))
+			for w.read() {
+			}
+			_ = w.sock.SetReadDeadline(time.Time{}) // an error is that of the next read
 		}
 		select {
 		case w.changes <- struct{}{}:
 		default:
 		}
 	}
+}
+
+// read takes a message, and reports whether there was one.
+func (w *HostWatch) read() bool {
+	var buf [1]byte // the rest of the message is cut off
+	_, err := w.sock.Read(buf[:])
+	// ENOBUFS says that there were more messages than would fit.
+	return err == nil || errors.Is(err, unix.ENOBUFS)
 }

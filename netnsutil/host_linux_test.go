@@ -142,7 +142,7 @@ func TestLocalAddrsAndMainAddr(t *testing.T) {
 func TestWatchHost(t *testing.T) {
 	host, router := nstest.New(t), nstest.New(t)
 	var w *netnsutil.HostWatch
-	require.NoError(t, host.Do(func() (err error) { w, err = netnsutil.WatchHost(); return err }))
+	require.NoError(t, host.Do(func() (err error) { w, err = netnsutil.WatchHost(0); return err }))
 	defer w.Close()
 	changed := func(within time.Duration) bool {
 		select {
@@ -175,6 +175,43 @@ func TestWatchHost(t *testing.T) {
 	_, open := <-w.Changes()
 	require.False(t, open)
 	require.NoError(t, w.Close())
+}
+
+// Changes that go on are told of as often as was asked for, and the last one is.
+func TestWatchHostSettle(t *testing.T) {
+	const settle = 200 * time.Millisecond
+	host := nstest.New(t)
+	var w *netnsutil.HostWatch
+	require.NoError(t, host.Do(func() (err error) { w, err = netnsutil.WatchHost(settle); return err }))
+	defer w.Close()
+	var told, changes int
+	for begun := time.Now(); time.Since(begun) < 5*settle; changes++ {
+		nstest.Run(t, host, "ip", "link", "set", "lo", []string{"up", "down"}[changes%2])
+		select {
+		case <-w.Changes():
+			told++
+		case <-time.After(settle / 20):
+		}
+	}
+	require.Greater(t, changes, 6)
+	require.Positive(t, told, "not before they end")
+	require.LessOrEqual(t, told, 5)
+	nstest.Run(t, host, "ip", "link", "set", "lo", "up")
+	told = 0
+	for end := time.After(4 * settle); end != nil; {
+		select {
+		case <-w.Changes():
+			told++
+		case <-end:
+			end = nil
+		}
+	}
+	require.Positive(t, told, "of the last change")
+	require.LessOrEqual(t, told, 3)
+
+	var none *netnsutil.HostWatch
+	require.Nil(t, none.Changes())
+	require.NoError(t, none.Close())
 }
 
 func TestConfigure(t *testing.T) {
