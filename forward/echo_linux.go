@@ -143,6 +143,19 @@ func (p *pinger) send(q *stack.Echo, to netip.Addr) error {
 	return s.sendLocked(q, to)
 }
 
+// rebind closes the socket of a family that is bound to the egress; the next ping
+// opens another.
+func (p *pinger) rebind(is4 bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	key := pingKey{is4, true}
+	if s := p.sockets[key]; s != nil {
+		s.file.Close()
+		delete(p.sockets, key)
+	}
+	p.tried = time.Time{}
+}
+
 func (p *pinger) answer(e *stack.Echo) {
 	if err := p.out.WriteEcho(e); err != nil && !errors.Is(err, net.ErrClosed) {
 		p.log.Debug("ping: write the reply", "err", err)

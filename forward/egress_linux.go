@@ -4,12 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/gofwd/gofwd/netnsutil"
 )
 
 // egress is by which of the host's addresses and interfaces it leaves what the
@@ -92,6 +96,78 @@ func (g *egress) bind(fd int, is4 bool) error {
 		return egressError("address "+addr.String(), err)
 	}
 	return nil
+}
+
+// egressFollower moves on when an interface of the egress is made anew under the
+// same name. A socket is bound to the index that it had (socket(7)), and to be bound
+// again it would need CAP_NET_RAW (sock_bindtoindex_locked).
+type egressFollower struct {
+	// Immutable.
+	egress *egress
+	watch  *netnsutil.HostWatch // nil if it can't be watched
+	moved  func(is4 bool)       // is to close the sockets that are bound
+	wg     sync.WaitGroup
+
+	index4, index6 int // the goroutine's
+}
+
+// newEgressFollower returns a follower of g, which may be nil; it follows from here
+// on, and calls moved after start.
+func newEgressFollower(g *egress, moved func(is4 bool), log *slog.Logger) *egressFollower {
+	if g == nil || g.if4 == "" && g.if6 == "" {
+		return nil
+	}
+	f := &egressFollower{egress: g, moved: moved}
+	var err error
+	if f.watch, err = netnsutil.WatchHost(settle); err != nil {
+		log.Warn("an outbound interface that is made anew is not noticed", "err", err)
+	}
+	f.index4, f.index6 = ifindex(g.if4), ifindex(g.if6)
+	return f
+}
+
+// start may be called on nil.
+func (f *egressFollower) start() {
+	if f != nil && f.watch != nil {
+		f.wg.Add(1)
+		go f.loop()
+	}
+}
+
+func (f *egressFollower) loop() {
+	defer f.wg.Done()
+	for range f.watch.Changes() {
+		f.look(f.egress.if4, &f.index4, true)
+		f.look(f.egress.if6, &f.index6, false)
+	}
+}
+
+// look says so if an interface has not the index that it had.
+func (f *egressFollower) look(name string, had *int, is4 bool) {
+	if has := ifindex(name); has != *had {
+		*had = has
+		f.moved(is4)
+	}
+}
+
+// close returns when the goroutine has ended. It is idempotent, and may be called on
+// nil.
+func (f *egressFollower) close() {
+	if f != nil {
+		f.watch.Close()
+		f.wg.Wait()
+	}
+}
+
+// rebindEgress closes the sockets of a family that are bound by the egress; the next
+// datagram opens others.
+func (f *Forwarder) rebindEgress(is4 bool) {
+	if f.ping != nil {
+		f.ping.rebind(is4)
+	}
+	if f.udp != nil {
+		f.udp.endFlows(func(f *flow) bool { return f.host.sock.egress && f.host.sock.v6 != is4 })
+	}
 }
 
 func egressError(what string, err error) error {

@@ -2,11 +2,13 @@ package forward
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -59,22 +61,28 @@ func testForwarderEgress(t *testing.T, path Datapath) {
 	require.ErrorIs(t, err, syscall.ENETUNREACH)
 }
 
-func TestForwarderEgressInterface(t *testing.T) { onBothPaths(t, testForwarderEgressInterface) }
-
-func testForwarderEgressInterface(t *testing.T, path Datapath) {
-	newLAN(t)
-	// Another link, where somebody else has the same address. The host's own
-	// routing prefers the first one.
-	second := newNS(t)
-	ip(t, fmt.Sprintf("link add lan1 type veth peer name lan1 netns /proc/%d/fd/%d", os.Getpid(), second.Fd()))
-	t.Cleanup(func() { ip(t, "link del lan1") })
+// newSecondLAN makes another link, lan1, where somebody else has the addresses of
+// the first one's remote host. The host's own routing prefers the first one.
+func newSecondLAN(t *testing.T) (remote *netnsutil.NS) {
+	t.Helper()
+	remote = newNS(t)
+	ip(t, fmt.Sprintf("link add lan1 type veth peer name lan1 netns /proc/%d/fd/%d", os.Getpid(), remote.Fd()))
 	up := func(addr4, addr6 string) {
 		ip(t, "link set lan1 up")
 		ip(t, "addr add "+addr4+"/24 dev lan1")
 		ip(t, "addr add "+addr6+"/64 dev lan1 nodad")
 	}
 	up("203.0.113.20", "2001:db8:1::20")
-	within(t, second, func() { up(remote4, remote6) })
+	within(t, remote, func() { up(remote4, remote6) })
+	return remote
+}
+
+func TestForwarderEgressInterface(t *testing.T) { onBothPaths(t, testForwarderEgressInterface) }
+
+func testForwarderEgressInterface(t *testing.T, path Datapath) {
+	newLAN(t)
+	second := newSecondLAN(t)
+	t.Cleanup(func() { ip(t, "link del lan1") })
 	allowPing(t)
 	port := tellPeer(t, second, ":0")
 	hostPort := tellPeer(t, nil, ":0")
@@ -94,6 +102,48 @@ func testForwarderEgressInterface(t *testing.T, path Datapath) {
 	for _, dst := range []string{remote4, remote6, host4} {
 		out, ok := ping(t, ns, "-c 1 "+dst)
 		require.True(t, ok, "%s: %s", dst, out)
+	}
+}
+
+// An interface that is made anew under its name has another index: what goes on from
+// the same port of the container leaves by the new one, and so does what is new.
+func TestForwarderEgressInterfaceMadeAnew(t *testing.T) {
+	newLAN(t) // where a socket goes that is bound to no interface
+	allowPing(t)
+	f, ns := start(t, Config{OutboundIf4: "lan1", OutboundIf6: "lan1"})
+	const port = 7000
+	flows := map[string]net.Conn{}
+	for _, dst := range []string{remote4, remote6} {
+		within(t, ns, func() {
+			c, err := net.Dial("udp", at(dst, port))
+			require.NoError(t, err)
+			flows[dst] = c
+		})
+		defer flows[dst].Close()
+	}
+	answered := func(dst string) bool {
+		c := flows[dst]
+		c.SetDeadline(time.Now().Add(50 * time.Millisecond))
+		if _, err := c.Write([]byte("still there?")); err != nil {
+			return false
+		}
+		_, err := c.Read(make([]byte, 100))
+		return err == nil
+	}
+	pinged := func(dst string) bool { _, ok := ping(t, ns, "-c 1 -W 1 "+dst); return ok }
+	for range 3 {
+		tellPeer(t, newSecondLAN(t), fmt.Sprint(":", port))
+		for dst := range flows {
+			require.Eventually(t, func() bool { return answered(dst) }, 5*time.Second, time.Millisecond, "UDP to %s", dst)
+			require.Eventually(t, func() bool { return pinged(dst) }, 5*time.Second, time.Millisecond, "ping to %s", dst)
+			_, _, err := ask(t, ns, "tcp", at(dst, port))
+			require.NoError(t, err, dst)
+		}
+		require.Empty(t, f.Status().Notes)
+		ip(t, "link del lan1")
+		for dst := range flows {
+			require.False(t, answered(dst), "by the other interface: %s", dst)
+		}
 	}
 }
 

@@ -51,7 +51,8 @@ type Config struct {
 	// the world sees of what the container begins, and OutboundIf4 and
 	// OutboundIf6 the host's interfaces by which that leaves (SO_BINDTODEVICE).
 	// Empty is as the host's routing has it. What goes to the host itself is
-	// none of it. They need not be there yet: without them nothing leaves.
+	// none of it. They need not be there yet, and may go and come again: without
+	// them nothing leaves.
 	OutboundAddrs            []netip.Addr
 	OutboundIf4, OutboundIf6 string
 	// FreeBind lets rules listen on addresses that the host does not have
@@ -111,6 +112,7 @@ type Forwarder struct {
 	ping        *pinger          // nil if NoICMP
 	groups      *listeningGroups // nil without
 	inbound     *inboundNS       // nil without InboundOnly
+	moves       *egressFollower  // nil without
 	services    *services        // nil without
 	guests      *guestAddrs      // nil unless the container configures itself
 
@@ -298,6 +300,7 @@ func (f *Forwarder) startStack(addrs *hostMap, dns *nameservers) error {
 		return err
 	}
 	f.services.start()
+	f.moves.start()
 	return nil
 }
 
@@ -383,6 +386,7 @@ func (f *Forwarder) startEngines(addrs *hostMap, dns *nameservers) (err error) {
 	if err := f.holdSYNs(); err != nil {
 		return err
 	}
+	f.moves = newEgressFollower(f.egress, f.rebindEgress, f.log)
 	if !f.cfg.NoICMP {
 		f.ping = newPinger(addrs, f.egress, f.stack, f.log)
 	}
@@ -441,6 +445,7 @@ func (f *Forwarder) shutdown() {
 	if f.groups != nil {
 		f.groups.close()
 	}
+	f.moves.close()
 	if f.udp != nil {
 		f.udp.close()
 	}

@@ -192,7 +192,7 @@ func (e *udpEngine) newSocketLocked(key *bindingKey, is4, bound bool, use udpUse
 	if err != nil {
 		return nil, err
 	}
-	s := &udpSocket{fd: fd, v6: !is4, binding: key}
+	s := &udpSocket{fd: fd, v6: !is4, egress: bound, binding: key}
 	if err := e.enterSocketLocked(s, use); err != nil {
 		return nil, err
 	}

@@ -29,6 +29,7 @@ type udpSocket struct {
 	id     uint32
 	v6     bool // an IPv6 socket, though it may carry IPv4
 	inside bool // made in the namespace: what arrives here goes out
+	egress bool // bound by it
 	poll   *poller
 	// Of a socket that has joined a group: the group, and the container's port.
 	joined *joinedGroup
