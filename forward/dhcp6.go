@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv6"
@@ -113,6 +114,10 @@ func (s *services) checkDHCPv6(kind dhcpv6.MessageType, request dhcpv6.Options) 
 			return errForOthers
 		}
 	case dhcpv6.MessageTypeInformationRequest:
+		if slices.ContainsFunc([]dhcpv6.OptionCode{dhcpv6.OptionIANA, dhcpv6.OptionIATA, dhcpv6.OptionIAPD},
+			func(ia dhcpv6.OptionCode) bool { return request.GetOne(ia) != nil }) {
+			return errMalformedRequest // §16.12: it asks for no addresses
+		}
 		if server != nil && !ours {
 			return errForOthers
 		}

@@ -259,6 +259,7 @@ func TestDHCPv6(t *testing.T) {
 		"confirm nothing":     {dhcpv6.MessageTypeConfirm, []dhcpv6.Option{client, ia(1)}, 0, "", nil},
 		"release":             {dhcpv6.MessageTypeRelease, []dhcpv6.Option{client, server, ia(1, has)}, dhcpv6.MessageTypeReply, "Success", nil},
 		"information":         {dhcpv6.MessageTypeInformationRequest, nil, dhcpv6.MessageTypeReply, "", nil},
+		"information with IA": {dhcpv6.MessageTypeInformationRequest, []dhcpv6.Option{client, ia(1)}, 0, "", nil},
 		"relayed":             {dhcpv6.MessageTypeRelayForward, []dhcpv6.Option{client}, 0, "", nil},
 		"a reply":             {dhcpv6.MessageTypeReply, []dhcpv6.Option{client, server}, 0, "", nil},
 	} {
