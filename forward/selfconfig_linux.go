@@ -1,8 +1,11 @@
 package forward
 
 import (
+	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -53,13 +56,14 @@ type guestAddrs struct {
 	planned []netip.Addr                 // immutable
 	read    func() ([]netip.Addr, error) // immutable
 	watch   *netnsutil.HostWatch         // of the namespace; immutable
+	log     *slog.Logger                 // immutable
 	addrs   atomic.Pointer[[]netip.Addr]
 	wg      sync.WaitGroup
 }
 
 // watchGuest begins to follow the container's addresses; close ends that.
 func (f *Forwarder) watchGuest() error {
-	g := &guestAddrs{planned: f.plan.addrs.guest, read: f.readGuestAddrs}
+	g := &guestAddrs{planned: f.plan.addrs.guest, read: f.readGuestAddrs, log: f.log}
 	err := f.cfg.NetNS.Do(func() (err error) {
 		g.watch, err = netnsutil.WatchHost(guestAddrsPause)
 		return err
@@ -67,7 +71,10 @@ func (f *Forwarder) watchGuest() error {
 	if err != nil {
 		return fmt.Errorf("follow the container's addresses: %w", err)
 	}
-	g.refresh()
+	if err := g.refresh(); err != nil {
+		g.watch.Close()
+		return fmt.Errorf("follow the container's addresses: %w", err)
+	}
 	g.wg.Add(1)
 	go g.follow()
 	f.guests = g
@@ -78,6 +85,9 @@ func (f *Forwarder) watchGuest() error {
 func (f *Forwarder) readGuestAddrs() (addrs []netip.Addr, err error) {
 	err = f.cfg.NetNS.Do(func() error {
 		link, err := netnsutil.ReadLink(f.plan.link.Name)
+		if errors.Is(err, os.ErrNotExist) { // on its way out, or renamed
+			return nil
+		}
 		for _, p := range link.Addrs {
 			addrs = append(addrs, p.Addr())
 		}
@@ -86,22 +96,46 @@ func (f *Forwarder) readGuestAddrs() (addrs []netip.Addr, err error) {
 	return addrs, err
 }
 
-// guestAddrsPause is the least time between two looks, so that a container that
-// changes its addresses all the time is no work to speak of.
-const guestAddrsPause = 20 * time.Millisecond
+const (
+	// guestAddrsPause is the least time between two looks, so that a container
+	// that changes its addresses all the time is no work to speak of.
+	guestAddrsPause = 20 * time.Millisecond
+	// guestAddrsRetry is when to look again after one that failed.
+	guestAddrsRetry = time.Second
+)
 
 func (g *guestAddrs) follow() {
 	defer g.wg.Done()
-	for range g.watch.Changes() {
-		g.refresh()
+	var again <-chan time.Time // nil unless the last look failed
+	for {
+		select {
+		case _, open := <-g.watch.Changes():
+			if !open {
+				return
+			}
+		case <-again:
+		}
+		err := g.refresh()
+		if err == nil {
+			again = nil
+			continue
+		}
+		if again == nil {
+			g.log.Warn("the container's addresses stay as they were", "err", err)
+		}
+		again = time.After(guestAddrsRetry)
 	}
 }
 
-func (g *guestAddrs) refresh() {
-	// Without the interface, on its way out, there are none.
-	have, _ := g.read()
+// refresh leaves the addresses as they are if they can't be read.
+func (g *guestAddrs) refresh() error {
+	have, err := g.read()
+	if err != nil {
+		return err
+	}
 	addrs := choose(g.planned, have)
 	g.addrs.Store(&addrs)
+	return nil
 }
 
 // list returns those that were planned first, if the container has them.

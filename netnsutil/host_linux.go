@@ -29,9 +29,12 @@ var ErrNoHostLink = errors.New("the host has no interface with a default route")
 func HostLink() (Link, error) { return hostLink(0) }
 
 // ReadLink is [HostLink] for the interface of the given name, which need not have
-// a default route.
+// a default route. The error is [os.ErrNotExist] where there is no such interface.
 func ReadLink(name string) (Link, error) {
 	l, err := netlink.LinkByName(name)
+	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
+		err = os.ErrNotExist
+	}
 	if err != nil {
 		return Link{}, fmt.Errorf("read the host's interface %s: %w", name, err)
 	}

@@ -3,6 +3,7 @@ package netnsutil_test
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
 	"time"
@@ -131,6 +132,11 @@ func TestLocalAddrsAndMainAddr(t *testing.T) {
 		addrs, err := netnsutil.LocalAddrs()
 		require.NoError(t, err)
 		require.Subset(t, addrs, prefixes("127.0.0.1/8", "::1/128", "192.0.2.10/24", "2001:db8::10/64"))
+		_, err = netnsutil.ReadLink("none")
+		require.ErrorIs(t, err, os.ErrNotExist)
+		link, err := netnsutil.ReadLink("up0")
+		require.NoError(t, err)
+		require.Equal(t, prefixes("192.0.2.10/24", "2001:db8::10/64"), link.Addrs)
 	})
 	// As behind a VPN: two halves instead of a default route.
 	nstest.Run(t, host, "ip", "route", "del", "default")
