@@ -42,24 +42,10 @@ type spliceLoop struct {
 	attaching sync.WaitGroup // to which nobody is added once stopped is set
 }
 
-// wakeSlot stands for the eventfd in the epoll set.
-const wakeSlot = -1
-
 func newSpliceLoop(s *splicer) (*spliceLoop, error) {
-	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	epfd, wake, err := newEpoll()
 	if err != nil {
-		return nil, os.NewSyscallError("epoll_create1", err)
-	}
-	wake, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		unix.Close(epfd)
-		return nil, os.NewSyscallError("eventfd", err)
-	}
-	err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, wake, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: wakeSlot})
-	if err != nil {
-		unix.Close(epfd)
-		unix.Close(wake)
-		return nil, os.NewSyscallError("epoll_ctl", err)
+		return nil, err
 	}
 	return &spliceLoop{s: s, epfd: epfd, wake: wake}, nil
 }
@@ -135,9 +121,7 @@ func (l *spliceLoop) do(fn func()) bool {
 	return true
 }
 
-func (l *spliceLoop) wakeUp() {
-	_, _ = unix.Write(l.wake, []byte{1, 0, 0, 0, 0, 0, 0, 0}) // eventfd(2): eight bytes, not all 0 or 0xff
-}
+func (l *spliceLoop) wakeUp() { wakeEpoll(l.wake) }
 
 // runCalls runs what do was given, and reports whether that was the last: the
 // splicer is closed then, and so is everything on the loop.

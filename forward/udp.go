@@ -3,6 +3,7 @@ package forward
 import (
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"runtime"
@@ -33,7 +34,7 @@ import (
 // Multicasts are not of a flow on their way in (multicast_linux.go): a group's
 // sockets hand on what they hear, to the group.
 //
-// A few workers, each a goroutine with a poller and one set of buffers, read all
+// A few workers, each a thread with a poller and one set of buffers, read all
 // sockets. The goroutine that reads the tap sends in the other direction, and
 // never blocks: what a socket does not take at once is dropped, as a router does.
 //
@@ -123,8 +124,8 @@ type udpEngine struct {
 	// before the mutex of a udpSocket.
 	mu        sync.Mutex
 	flows     flowTable
-	sockets   map[uint32]*udpSocket
-	lastID    uint32
+	sockets   map[int32]*udpSocket
+	lastID    int32
 	bindings  map[bindingKey]*udpSocket
 	published map[publishedKey]*udpSocket
 	closed    bool
@@ -177,7 +178,7 @@ func newUDPEngine(cfg udpConfig) (*udpEngine, error) {
 		segment:   segmentWorks(kernelRelease()),
 		done:      make(chan struct{}),
 		busy:      make(chan struct{}, 1),
-		sockets:   make(map[uint32]*udpSocket),
+		sockets:   make(map[int32]*udpSocket),
 		bindings:  make(map[bindingKey]*udpSocket),
 		published: make(map[publishedKey]*udpSocket),
 	}
@@ -218,7 +219,7 @@ func (e *udpEngine) close() {
 	e.mu.Unlock()
 	close(e.done)
 	for _, w := range e.workers {
-		_ = w.poll.close()
+		w.poll.close()
 	}
 	e.wg.Wait()
 }
@@ -371,8 +372,8 @@ func (e *udpEngine) target(rule *activeRule, is4 bool) netip.Addr {
 
 // enterSocketLocked makes s known to the engine and to a worker, or closes it.
 func (e *udpEngine) enterSocketLocked(s *udpSocket, use udpUse) error {
-	for e.lastID++; e.sockets[e.lastID] != nil; {
-		e.lastID++
+	for taken := true; taken; taken = e.sockets[e.lastID] != nil {
+		e.lastID = (e.lastID + 1) & math.MaxInt32
 	}
 	s.id = e.lastID
 	s.poll = e.workers[int(s.id)%len(e.workers)].poll

@@ -64,7 +64,7 @@ func keyOf(a netip.AddrPort) (k addrKey) {
 type (
 	tapKey  struct{ guest, peer addrKey }
 	sockKey struct {
-		sock   uint32
+		sock   int32
 		remote sockaddr
 	}
 )

@@ -59,7 +59,7 @@ func (w *udpWorker) readLoop() {
 			w.out.init(0)
 		}
 		for i := range events {
-			s := w.engine.socket(uint32(events[i].Fd))
+			s := w.engine.socket(events[i].Fd)
 			if s == nil {
 				continue
 			}
@@ -72,7 +72,7 @@ func (w *udpWorker) readLoop() {
 }
 
 // socket returns the socket with that id, nil if it was closed meanwhile.
-func (e *udpEngine) socket(id uint32) *udpSocket {
+func (e *udpEngine) socket(id int32) *udpSocket {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	return e.sockets[id]

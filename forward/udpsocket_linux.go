@@ -26,7 +26,7 @@ const udpBuffer = 7 << 20
 // of single flows in the namespace.
 type udpSocket struct {
 	// Immutable.
-	id     uint32
+	id     int32
 	v6     bool // an IPv6 socket, though it may carry IPv4
 	inside bool // made in the namespace: what arrives here goes out
 	egress bool // bound by it

@@ -10,9 +10,10 @@ package stack
 // wraps [net.ErrClosed], also calls that were blocked.
 type Device interface {
 	// Read reads one frame, scattered over bufs, and returns its length.
-	// It blocks until there is one; before it does, it calls idle, unless
-	// that is nil.
-	Read(bufs [][]byte, idle func()) (int, error)
+	// It blocks until there is one; before it does, it calls idle, which
+	// reports whether other goroutines have been given work to do: then the
+	// wait should leave them the processor at once.
+	Read(bufs [][]byte, idle func() (goroutines bool)) (int, error)
 	// Write writes one frame, gathered from bufs. It does not keep them.
 	Write(bufs [][]byte) error
 	// MTU is the largest IP packet that the other side takes unsegmented.

@@ -53,7 +53,7 @@ type endpoint struct {
 
 	udp  func(*Datagram)
 	echo func(*Echo)
-	idle func()
+	idle func()                     // not nil
 	syn  func(*packet, []byte) bool // reports whether it kept the SYN
 
 	noNDP         bool
@@ -63,6 +63,8 @@ type endpoint struct {
 	pkt      packet
 	datagram Datagram
 	ping     Echo
+	waited   bool // for the frame at hand
+	injected bool // into gVisor, since the last wait
 
 	dispatcher gstack.NetworkDispatcher
 	wg         sync.WaitGroup
@@ -110,7 +112,7 @@ func (e *endpoint) readLoop() {
 	defer func() { view.Release() }()
 	bufs := [][]byte{head[:], view.AsSlice()}
 	for {
-		n, err := e.dev.Read(bufs, e.idle)
+		n, err := e.dev.Read(bufs, e.beforeWait)
 		if err != nil {
 			if !errors.Is(err, net.ErrClosed) {
 				e.log.Error("the container's link ended", "err", err)
@@ -128,7 +130,20 @@ func (e *endpoint) readLoop() {
 			view = buffer.NewViewSize(maxIPLen)
 			bufs[1] = view.AsSlice()
 		}
+		if e.waited { // the first frame after a wait does not wait for others
+			e.waited = false
+			e.idle()
+		}
 	}
+}
+
+// beforeWait is called when there is nothing more to read. It reports whether
+// gVisor's goroutines have work since it was called last.
+func (e *endpoint) beforeWait() (goroutines bool) {
+	e.idle()
+	goroutines, e.injected = e.injected, false
+	e.waited = true
+	return goroutines
 }
 
 // receive takes one frame as far as it goes. The packet is the first n bytes of
@@ -202,6 +217,7 @@ func (e *endpoint) deliver(p *packet, view *buffer.View) (kept bool) {
 		if flags&(header.TCPFlagSyn|header.TCPFlagAck|header.TCPFlagRst) == header.TCPFlagSyn && e.syn(p, p.ip) {
 			return false
 		}
+		e.injected = true
 		return e.inject(p.v6, p.ip, view)
 	}
 	e.stats.unknown.Add(1)

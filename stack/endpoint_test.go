@@ -77,7 +77,7 @@ func (w *wire) receive() (vnetHdr, uint16, []byte) {
 		err error
 	}
 	c := make(chan result, 1)
-	go func() { n, err := w.dev.Read([][]byte{b}, nil); c <- result{n, err} }()
+	go func() { n, err := w.dev.Read([][]byte{b}, func() bool { return false }); c <- result{n, err} }()
 	select {
 	case r := <-c:
 		require.NoError(w.t, r.err)

@@ -23,8 +23,8 @@ type pipe struct {
 	once     *sync.Once // closes done
 }
 
-func (p *pipe) Read(bufs [][]byte, idle func()) (int, error) {
-	if idle != nil && len(p.in) == 0 {
+func (p *pipe) Read(bufs [][]byte, idle func() bool) (int, error) {
+	if len(p.in) == 0 {
 		idle()
 	}
 	select {

@@ -50,9 +50,9 @@ type Config struct {
 	// the same rules as UDP. Nil drops all.
 	Echo func(*Echo)
 	// Idle is called on the reading goroutine when the device has no
-	// further frame, before it waits for one: whoever gathers datagrams
-	// from UDP into batches sends them now. It must not block. Nil is
-	// nothing to do.
+	// further frame, before it waits for one, and after the first frame that
+	// it has waited for: whoever gathers datagrams from UDP into batches sends
+	// them now. It must not block. Nil is nothing to do.
 	Idle func()
 	// Logger takes what an operator must know; nil discards it.
 	Logger *slog.Logger
@@ -128,6 +128,9 @@ type Stack struct {
 func New(cfg Config) (*Stack, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Idle == nil {
+		cfg.Idle = func() {}
 	}
 	s := &Stack{cfg: cfg, conns: make(map[*Conn]struct{})}
 	s.ctx, s.cancel = context.WithCancel(context.Background())

@@ -5,7 +5,6 @@ import (
 	"net"
 	"os"
 	"sync"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -28,21 +27,15 @@ const TapQueueLen = 4096
 // reader comes close to what a sender can send (bench, UDP/way=outside beside its
 // native column).
 type tap struct {
-	file     *os.File
-	raw      syscall.RawConn
 	mtu      int
 	offloads Offloads
 
-	// The reading goroutine's, in the struct so that reading allocates
-	// nothing.
-	readFn  func(fd uintptr) bool
-	readBuf [][]byte
-	idle    func()
-	readLen int
-	readErr error
+	readMu sync.Mutex // held while reading; Close waits for it
+	bufs   [][]byte   // of the read at hand
+	wait   *tapWait
 
 	writeMu sync.RWMutex // read-locked while writing, locked to close
-	fd      int          // -1 once closed
+	fd      int          // -1 once closed; then still open while readMu is held
 }
 
 // OpenTap makes a tap interface of that name in the network namespace of the
@@ -81,11 +74,10 @@ func newTap(fd int, name string, mtu int) (*tap, net.HardwareAddr, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	t := &tap{file: os.NewFile(uintptr(fd), tunPath), mtu: mtu, offloads: offloads, fd: fd}
-	if t.raw, err = t.file.SyscallConn(); err != nil {
+	t := &tap{mtu: mtu, offloads: offloads, fd: fd}
+	if t.wait, err = newTapWait(fd, t.tryRead); err != nil {
 		return nil, nil, err
 	}
-	t.readFn = t.tryRead
 	return t, ifi.HardwareAddr, nil
 }
 
@@ -104,30 +96,36 @@ func probeOffloads(fd int) (Offloads, error) {
 	return Offloads{}, os.NewSyscallError("TUNSETOFFLOAD", unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, 0))
 }
 
-func (t *tap) Read(bufs [][]byte, idle func()) (int, error) {
-	t.readBuf, t.idle = bufs, idle
-	err := t.raw.Read(t.readFn)
-	t.readBuf, t.idle = nil, nil
-	if err == nil {
-		err = t.readErr
+// Read implements [Device].
+func (t *tap) Read(bufs [][]byte, idle func() bool) (int, error) {
+	t.readMu.Lock()
+	defer t.readMu.Unlock()
+	t.bufs = bufs
+	for {
+		n, err := t.tryRead()
+		if err != unix.EAGAIN {
+			return n, err
+		}
+		if idle() {
+			return t.wait.parked()
+		}
+		t.wait.alone()
 	}
-	return t.readLen, t.closedErr(err)
 }
 
-func (t *tap) tryRead(fd uintptr) bool {
+// tryRead reads a frame, if there is one.
+func (t *tap) tryRead() (int, error) {
+	t.writeMu.RLock()
+	fd := t.fd
+	t.writeMu.RUnlock()
+	if fd < 0 {
+		return 0, net.ErrClosed
+	}
 	for {
-		n, err := unix.Readv(int(fd), t.readBuf)
-		if err == unix.EINTR {
-			continue
+		n, err := unix.Readv(fd, t.bufs)
+		if err != unix.EINTR {
+			return n, err
 		}
-		t.readLen, t.readErr = n, err
-		if err == unix.EAGAIN {
-			if t.idle != nil {
-				t.idle()
-			}
-			return false
-		}
-		return true
 	}
 }
 
@@ -151,28 +149,18 @@ func (t *tap) Write(bufs [][]byte) error {
 func (t *tap) MTU() int           { return t.mtu }
 func (t *tap) Offloads() Offloads { return t.offloads }
 
+// Close implements [Device]. It waits for calls that it interrupts.
 func (t *tap) Close() error {
 	t.writeMu.Lock()
-	closed := t.fd < 0
+	fd := t.fd
 	t.fd = -1
 	t.writeMu.Unlock()
-	if closed {
+	if fd < 0 {
 		return nil
 	}
-	return t.file.Close()
-}
-
-// closedErr is [net.ErrClosed] for whatever goes wrong after Close. A read that
-// Close has interrupted returns an error of package internal/poll, which
-// [os.ErrClosed] does not stand for.
-func (t *tap) closedErr(err error) error {
-	if err == nil {
-		return nil
-	}
-	t.writeMu.RLock()
-	defer t.writeMu.RUnlock()
-	if t.fd < 0 {
-		return net.ErrClosed
-	}
-	return err
+	t.wait.end()
+	t.readMu.Lock()
+	defer t.readMu.Unlock()
+	t.wait.close()
+	return os.NewSyscallError("close", unix.Close(fd))
 }
