@@ -488,7 +488,7 @@ func (e *udpEngine) expireWhileBusy() bool {
 }
 
 // expire removes the flows whose time is over, and returns how many are left. It
-// gives way to traffic in between: closing a socket takes some 5 µs.
+// gives way to traffic in between: each may close a socket.
 func (e *udpEngine) expire() int {
 	const atOnce = 64
 	e.tick.Store(e.now())

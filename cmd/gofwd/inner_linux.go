@@ -153,8 +153,8 @@ func (i *inner) start(ctx context.Context) error {
 	}
 	i.forwarder = f
 	// The forwarder's threads, one for each processor, sleep in epoll_wait(2).
-	// Where no processor of the runtime's is idle then, its monitor wakes up every
-	// 20 µs to take theirs away (retake in runtime/proc.go).
+	// Where no processor of the runtime's is idle then, its monitor keeps
+	// waking up to take theirs away (retake in runtime/proc.go).
 	runtime.GOMAXPROCS(2 * runtime.GOMAXPROCS(0))
 	i.ended = make(chan error, 1)
 	go i.waitForwarder()
