@@ -5,8 +5,12 @@
 PREFIX ?= /usr/local
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null)
 
-build: ## the static binary ./gofwd
-	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o gofwd ./cmd/gofwd
+# For another machine: gofwd-GOARCH.
+goarch := $(shell go env GOARCH)
+binary := gofwd$(if $(filter-out $(shell go env GOHOSTARCH),$(goarch)),-$(goarch))
+
+build: ## the static binary ./gofwd, or ./gofwd-GOARCH for another architecture
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o $(binary) ./cmd/gofwd
 .PHONY: build
 
 demo: build ## three hosts as namespaces: what the container sees of its clients
@@ -29,7 +33,7 @@ completion: ## dist/gofwd.bash, dist/_gofwd, dist/gofwd.fish
 .PHONY: completion
 
 install: build man completion
-	install -Dm755 gofwd $(DESTDIR)$(PREFIX)/bin/gofwd
+	install -Dm755 $(binary) $(DESTDIR)$(PREFIX)/bin/gofwd
 	install -Dm644 dist/gofwd.1 $(DESTDIR)$(PREFIX)/share/man/man1/gofwd.1
 	install -Dm644 dist/gofwd.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/gofwd
 	install -Dm644 dist/_gofwd $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_gofwd
