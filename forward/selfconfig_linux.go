@@ -65,7 +65,7 @@ type guestAddrs struct {
 func (f *Forwarder) watchGuest() error {
 	g := &guestAddrs{planned: f.plan.addrs.guest, read: f.readGuestAddrs, log: f.log}
 	err := f.cfg.NetNS.Do(func() (err error) {
-		g.watch, err = netnsutil.WatchHost(guestAddrsPause)
+		g.watch, err = netnsutil.WatchHost(0)
 		return err
 	})
 	if err != nil {
@@ -115,15 +115,16 @@ func (g *guestAddrs) follow() {
 			}
 		case <-again:
 		}
-		err := g.refresh()
-		if err == nil {
+		switch err := g.refresh(); {
+		case err == nil:
 			again = nil
-			continue
-		}
-		if again == nil {
+		case again == nil:
 			g.log.Warn("the container's addresses stay as they were", "err", err)
+			fallthrough
+		default:
+			again = time.After(guestAddrsRetry)
 		}
-		again = time.After(guestAddrsRetry)
+		time.Sleep(guestAddrsPause)
 	}
 }
 
