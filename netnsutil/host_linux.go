@@ -196,25 +196,12 @@ type HostWatch struct {
 // come in bursts: those within settle of the first are one, which is told then; 0
 // tells of each at once. The caller closes the watch.
 func WatchHost(settle time.Duration) (*HostWatch, error) {
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.NETLINK_ROUTE)
+	sock, err := netlinkGroups(unix.NETLINK_ROUTE, unix.RTMGRP_LINK|unix.RTMGRP_IPV4_IFADDR|unix.RTMGRP_IPV6_IFADDR|
+		unix.RTMGRP_IPV4_ROUTE|unix.RTMGRP_IPV6_ROUTE)
 	if err != nil {
-		return nil, fmt.Errorf("watch the host's network: %w", os.NewSyscallError("socket", err))
+		return nil, fmt.Errorf("watch the host's network: %w", err)
 	}
-	err = unix.Bind(fd, &unix.SockaddrNetlink{
-		Family: unix.AF_NETLINK,
-		Groups: unix.RTMGRP_LINK | unix.RTMGRP_IPV4_IFADDR | unix.RTMGRP_IPV6_IFADDR |
-			unix.RTMGRP_IPV4_ROUTE | unix.RTMGRP_IPV6_ROUTE,
-	})
-	if err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("watch the host's network: %w", os.NewSyscallError("bind", err))
-	}
-	w := &HostWatch{
-		sock:    os.NewFile(uintptr(fd), "rtnetlink"),
-		settle:  settle,
-		changes: make(chan struct{}, 1),
-		done:    make(chan struct{}),
-	}
+	w := &HostWatch{sock: sock, settle: settle, changes: make(chan struct{}, 1), done: make(chan struct{})}
 	go w.receive()
 	return w, nil
 }
@@ -242,14 +229,13 @@ func (w *HostWatch) Close() error {
 	return err
 }
 
-// receive turns messages into changes; what they say does not matter.
 func (w *HostWatch) receive() {
 	defer close(w.done)
 	defer close(w.changes)
-	for w.read() {
+	for readMessage(w.sock) {
 		if w.settle > 0 {
 			_ = w.sock.SetReadDeadline(time.Now().Add(w.settle))
-			for w.read() {
+			for readMessage(w.sock) {
 			}
 			_ = w.sock.SetReadDeadline(time.Time{}) // an error is that of the next read
 		}
@@ -260,10 +246,24 @@ func (w *HostWatch) receive() {
 	}
 }
 
-// read takes a message, and reports whether there was one.
-func (w *HostWatch) read() bool {
+// netlinkGroups opens a socket of the thread's namespace that hears of what happens
+// in multicast groups; group n is bit n-1 (netlink(7)).
+func netlinkGroups(protocol int, groups uint32) (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, protocol)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK, Groups: groups}); err != nil {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("bind", err)
+	}
+	return os.NewFile(uintptr(fd), "netlink"), nil
+}
+
+// readMessage takes a message, and reports whether there was one.
+func readMessage(sock *os.File) bool {
 	var buf [1]byte // the rest of the message is cut off
-	_, err := w.sock.Read(buf[:])
+	_, err := sock.Read(buf[:])
 	// ENOBUFS says that there were more messages than would fit.
 	return err == nil || errors.Is(err, unix.ENOBUFS)
 }

@@ -74,10 +74,12 @@ type KernelPath struct {
 	sysctls  []*sysctl
 
 	mu          sync.Mutex // guards what follows
-	hasNFT      bool
-	acceptLocal *sysctl // of the tap
+	wanted      nftRules
+	loaded      map[string]int // rules of our table, by chain; nil without one
+	acceptLocal *sysctl        // of the tap
 	udp         udpRoutes
 	tap         int // interface index; 0 without ServeBehind
+	guard       *guard
 	closed      bool
 }
 
@@ -275,13 +277,7 @@ func (k *KernelPath) program() error {
 }
 
 func (k *KernelPath) programFamily(family int) error {
-	metric := metricBase
-	for i, s := range k.sysctls {
-		if s.was {
-			metric |= 1 << i
-		}
-	}
-	if err := k.h.RouteAdd(k.localRoute(family, metric)); err != nil {
+	if err := k.h.RouteAdd(k.localRoute(family)); err != nil {
 		return fmt.Errorf("add local route: %w", err)
 	}
 	if err := k.h.RuleAdd(k.markRule(family)); err != nil {
@@ -300,7 +296,13 @@ func (k *KernelPath) markRule(family int) *netlink.Rule {
 	return r
 }
 
-func (k *KernelPath) localRoute(family, metric int) *netlink.Route {
+func (k *KernelPath) localRoute(family int) *netlink.Route {
+	metric := metricBase
+	for i, s := range k.sysctls {
+		if s.was {
+			metric |= 1 << i
+		}
+	}
 	return &netlink.Route{
 		Family:    family,
 		LinkIndex: k.lo,
@@ -334,13 +336,19 @@ func (k *KernelPath) verify(family int) error {
 // closed before: what they send would leave by the default route.
 func (k *KernelPath) Close() error {
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.closed {
+	wasClosed := k.closed
+	k.closed = true
+	k.mu.Unlock()
+	if wasClosed {
 		return nil
 	}
-	k.closed = true
+	if k.guard != nil {
+		k.guard.end()
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	var errs []error
-	if k.hasNFT {
+	if k.loaded != nil {
 		errs = append(errs, k.deleteTable())
 	}
 	// The sysctls before the route, which is the note of what they were.

@@ -23,8 +23,7 @@ import (
 //	}
 //
 // The mark makes what is sent to a client's address local, for the socket that the
-// kernel has looked up (nft_socket, Linux 4.18; of IPv6 as of IPv4). [KernelPath.HoldSYN]
-// would take the chain away, and has to come before.
+// kernel has looked up (nft_socket, Linux 4.18; of IPv6 as of IPv4).
 func (k *KernelPath) ServeBehind(tap string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -34,36 +33,30 @@ func (k *KernelPath) ServeBehind(tap string) error {
 	if k.closed {
 		return fmt.Errorf("serve hosts behind the namespace: %w", os.ErrClosed)
 	}
-	accept := nftables.ChainPolicyAccept
-	t := &nftables.Table{Name: nftTable, Family: nftables.TableFamilyINet}
-	k.nft.AddTable(t)
-	c := k.nft.AddChain(&nftables.Chain{
-		Name: "behind", Table: t, Policy: &accept, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityMangle,
-	})
-	r := &nftables.Rule{Table: t, Chain: c}
-	for _, part := range [][]expr.Any{
-		otherIface(tap), otherIface("lo"),
-		tcpFlags(tcpSYN|tcpACK, expr.CmpOpNeq, tcpSYN),
-		{
-			&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1},
-			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{1}},
-		},
-		k.marks.set(k.marks.loop),
-	} {
-		r.Exprs = append(r.Exprs, part...)
-	}
-	k.nft.AddRule(r)
-	if err := k.nft.Flush(); err != nil {
+	want := k.wanted
+	want.tap, want.behind = tap, true
+	if err := k.load(want); err != nil {
 		return fmt.Errorf("serve hosts behind the namespace: load nftables rules: %w", err)
 	}
-	k.hasNFT = true
 	tapLink, err := k.h.LinkByName(tap)
 	if err != nil {
 		return fmt.Errorf("serve hosts behind the namespace: find %s: %w", tap, err)
 	}
 	k.tap = tapLink.Attrs().Index
 	return nil
+}
+
+// addBehind adds the rule of ServeBehind.
+func (k *KernelPath) addBehind(t *table, want nftRules) {
+	c := t.chain("behind", nftables.ChainTypeFilter, nftables.ChainHookPrerouting)
+	t.rule(
+		c, otherIface(want.tap), otherIface("lo"), tcpFlags(tcpSYN|tcpACK, expr.CmpOpNeq, tcpSYN),
+		[]expr.Any{
+			&expr.Socket{Key: expr.SocketKeyTransparent, Register: 1},
+			&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{1}},
+		},
+		k.marks.set(k.marks.loop),
+	)
 }
 
 // IsBehind reports whether the namespace has a route to addr that leads neither to

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -72,53 +73,99 @@ func (k *KernelPath) HoldSYN(tap string, listen ...netip.AddrPort) error {
 	if err != nil {
 		return fmt.Errorf("hold SYNs: %w", err)
 	}
-	if err := k.replaceTable(tap, listen); err != nil {
+	want := k.wanted
+	want.tap, want.listen = tap, listen
+	if err := k.load(want); err != nil {
 		return fmt.Errorf("hold SYNs: load nftables rules: %w", err)
 	}
-	k.hasNFT = true
 	return nil
 }
 
-// replaceTable loads the ruleset in one transaction, in place of one that is
-// there: deleting what does not exist is an error, so it is added first.
-func (k *KernelPath) replaceTable(tap string, listen []netip.AddrPort) error {
-	t := &nftables.Table{Name: nftTable, Family: nftables.TableFamilyINet}
-	k.nft.AddTable(t)
-	k.nft.DelTable(t)
-	k.nft.AddTable(t)
-	accept := nftables.ChainPolicyAccept
-	out := k.nft.AddChain(&nftables.Chain{
-		Name: "out", Table: t, Policy: &accept, Type: nftables.ChainTypeRoute,
-		Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityMangle,
-	})
-	pre := k.nft.AddChain(&nftables.Chain{
-		Name: "pre", Table: t, Policy: &accept, Type: nftables.ChainTypeFilter,
-		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityMangle,
-	})
-	rule := func(c *nftables.Chain, parts ...[]expr.Any) {
-		r := &nftables.Rule{Table: t, Chain: c}
-		for _, p := range parts {
-			r.Exprs = append(r.Exprs, p...)
-		}
-		k.nft.AddRule(r)
-	}
+// nftRules are the rules of our table. Without listen and behind there is no table.
+type nftRules struct {
+	tap    string
+	listen []netip.AddrPort // of HoldSYN
+	behind bool             // ServeBehind
+}
 
-	oif, iif, lo := ifname(expr.MetaKeyOIFNAME, tap), ifname(expr.MetaKeyIIFNAME, tap), ifname(expr.MetaKeyIIFNAME, "lo")
+// table is a table in the making.
+type table struct {
+	*nftables.Table
+	c     *nftables.Conn
+	rules map[string]int // how many, by chain
+}
+
+func (t *table) chain(name string, typ nftables.ChainType, hook *nftables.ChainHook) *nftables.Chain {
+	accept := nftables.ChainPolicyAccept
+	t.rules[name] = 0
+	return t.c.AddChain(&nftables.Chain{
+		Name: name, Table: t.Table, Policy: &accept, Type: typ, Hooknum: hook, Priority: nftables.ChainPriorityMangle,
+	})
+}
+
+func (t *table) rule(c *nftables.Chain, parts ...[]expr.Any) {
+	t.rules[c.Name]++
+	t.c.AddRule(&nftables.Rule{Table: t.Table, Chain: c, Exprs: slices.Concat(parts...)})
+}
+
+// load loads rules in one transaction, in place of those that are there: deleting
+// what does not exist is an error, so the table is added first. After an error
+// everything is as it was. k.mu is locked.
+func (k *KernelPath) load(want nftRules) error {
+	t := &table{
+		Table: &nftables.Table{Name: nftTable, Family: nftables.TableFamilyINet}, c: k.nft, rules: make(map[string]int),
+	}
+	k.nft.AddTable(t.Table)
+	k.nft.DelTable(t.Table)
+	k.nft.AddTable(t.Table)
+	if len(want.listen) > 0 {
+		k.addHold(t, want)
+	}
+	if want.behind {
+		k.addBehind(t, want)
+	}
+	if err := k.nft.Flush(); err != nil {
+		return err
+	}
+	k.wanted, k.loaded = want, t.rules
+	return nil
+}
+
+// isLoaded reports whether the rules that were loaded are still there. k.mu is
+// locked.
+func (k *KernelPath) isLoaded() (bool, error) {
+	for chain, n := range k.loaded {
+		t := &nftables.Table{Name: nftTable, Family: nftables.TableFamilyINet}
+		rules, err := k.nft.GetRules(t, &nftables.Chain{Name: chain, Table: t})
+		if err != nil && !errors.Is(err, unix.ENOENT) {
+			return false, err
+		}
+		if len(rules) < n {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// addHold adds the rules of HoldSYN.
+func (k *KernelPath) addHold(t *table, want nftRules) {
+	out := t.chain("out", nftables.ChainTypeRoute, nftables.ChainHookOutput)
+	pre := t.chain("pre", nftables.ChainTypeFilter, nftables.ChainHookPrerouting)
+	oif, iif, lo := ifname(expr.MetaKeyOIFNAME, want.tap), ifname(expr.MetaKeyIIFNAME, want.tap), ifname(expr.MetaKeyIIFNAME, "lo")
 	syn := tcpFlags(tcpSYN|tcpACK, expr.CmpOpEq, tcpSYN)
 	notSYN := tcpFlags(tcpSYN|tcpACK, expr.CmpOpNeq, tcpSYN)
 	onlyACK := tcpFlags(tcpFIN|tcpSYN|tcpRST|tcpACK, expr.CmpOpEq, tcpACK)
 	m := k.marks
 
-	rule(out, oif, notSYN, m.match(expr.CmpOpNeq, m.tap), m.set(m.loop))
-	rule(pre, iif, notSYN, m.set(m.tap), verdictAccept())
-	rule(pre, iif, syn, sourceNotLocal(), m.set(m.tap), verdictAccept())
-	for _, l := range listen {
-		rule(pre, iif, syn, nfproto(l), m.set(m.loop), tproxy(l), verdictAccept())
+	t.rule(out, oif, notSYN, m.match(expr.CmpOpNeq, m.tap), m.set(m.loop))
+	t.rule(pre, iif, notSYN, m.set(m.tap), verdictAccept())
+	t.rule(pre, iif, syn, sourceNotLocal(), m.set(m.tap), verdictAccept())
+	for _, l := range want.listen {
+		t.rule(pre, iif, syn, nfproto(l), m.set(m.loop), tproxy(l), verdictAccept())
 	}
-	for _, l := range listen {
-		rule(pre, lo, m.match(expr.CmpOpEq, m.loop), onlyACK, nfproto(l), tproxy(l), verdictAccept())
+	for _, l := range want.listen {
+		t.rule(pre, lo, m.match(expr.CmpOpEq, m.loop), onlyACK, nfproto(l), tproxy(l), verdictAccept())
 	}
-	return k.nft.Flush()
 }
 
 // deleteTable deletes our table, if there is one.

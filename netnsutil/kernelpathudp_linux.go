@@ -29,6 +29,7 @@ const maxUDPClients = 4096
 // udpRoutes are the clients with a route, the least recently used first.
 type udpRoutes struct {
 	table   int
+	ports   map[uint16]bool              // with a rule
 	clients map[netip.Addr]*list.Element // of udpClient
 	lru     list.List
 }
@@ -39,16 +40,25 @@ type udpClient struct{ client, server netip.Addr }
 // ([KernelPath.AddUDPClient]) to sockets in the namespace. Adding a port twice is
 // no error.
 func (k *KernelPath) AddUDPPort(port uint16) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	for _, family := range k.families {
 		if err := k.h.RuleAdd(k.udpRule(family, port)); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("add rule for UDP port %d: %w", port, err)
 		}
 	}
+	if k.udp.ports == nil {
+		k.udp.ports = make(map[uint16]bool)
+	}
+	k.udp.ports[port] = true
 	return nil
 }
 
 // RemoveUDPPort undoes AddUDPPort.
 func (k *KernelPath) RemoveUDPPort(port uint16) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.udp.ports, port)
 	for _, family := range k.families {
 		if err := k.h.RuleDel(k.udpRule(family, port)); err != nil && !errors.Is(err, unix.ENOENT) {
 			return fmt.Errorf("delete rule for UDP port %d: %w", port, err)
