@@ -320,7 +320,7 @@ func (f *Forwarder) openKernel() error {
 	}
 	err := f.cfg.NetNS.Configure(netnsutil.Link{}) // loopback, which all of it goes over
 	if err == nil {
-		f.kernel, err = openKernelPath(f.cfg.NetNS)
+		f.kernel, err = openKernelPath(f.cfg.NetNS, f.log)
 	}
 	switch {
 	case err == nil:

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net"
 	"net/netip"
@@ -35,11 +36,11 @@ type inboundNS struct {
 	ports   map[uint16]bool
 }
 
-func openInboundNS(ns *netnsutil.NS) (*inboundNS, error) {
+func openInboundNS(ns *netnsutil.NS, log *slog.Logger) (*inboundNS, error) {
 	if err := ns.Configure(netnsutil.Link{}); err != nil { // loopback, which all of it goes over
 		return nil, err
 	}
-	path, err := openKernelPath(ns)
+	path, err := openKernelPath(ns, log)
 	if err != nil {
 		return nil, err
 	}
@@ -194,7 +195,7 @@ func (noTap) WriteUDPError(*stack.Datagram, stack.ICMPError) error { return errN
 
 // startInbound is startStack without a stack.
 func (f *Forwarder) startInbound() error {
-	in, err := openInboundNS(f.cfg.NetNS)
+	in, err := openInboundNS(f.cfg.NetNS, f.log)
 	if err != nil {
 		return fmt.Errorf("forward without a tap: %w", err)
 	}

@@ -1,9 +1,13 @@
 package forward
 
 import (
+	"context"
 	"fmt"
+	"log/slog"
 	"net/netip"
+	"strings"
 	"sync"
+	"time"
 
 	"github.com/gofwd/gofwd/netnsutil"
 )
@@ -19,6 +23,9 @@ type kernelPath struct {
 	tap     int
 	tapName string
 
+	log      *slog.Logger
+	restored restored
+
 	serveBehind sync.Once
 	behindErr   error // of that
 
@@ -32,12 +39,12 @@ type kernelPath struct {
 	synDiag *netnsutil.SockDiag
 }
 
-func openKernelPath(ns *netnsutil.NS) (_ *kernelPath, err error) {
+func openKernelPath(ns *netnsutil.NS, log *slog.Logger) (_ *kernelPath, err error) {
 	path, err := ns.OpenKernelPath()
 	if err != nil {
 		return nil, err
 	}
-	k := &kernelPath{KernelPath: path, dialer: nsDialer{ns: ns, mark: path.Mark()}}
+	k := &kernelPath{KernelPath: path, dialer: nsDialer{ns: ns, mark: path.Mark()}, log: log}
 	defer func() {
 		if err != nil {
 			_ = k.close()
@@ -55,7 +62,55 @@ func openKernelPath(ns *netnsutil.NS) (_ *kernelPath, err error) {
 	}
 	k.behind = k.dialer
 	k.behind.mark = 0
+	if err = k.Guard(k.onRestored); err != nil {
+		return nil, err
+	}
 	return k, nil
+}
+
+// restored is what others have deleted of the path, and was put back.
+type restored struct {
+	mu    sync.Mutex // guards the following fields
+	times int
+	what  string // the last time
+	last  time.Time
+	err   error // why it was not put back, the last time
+}
+
+// onRestored is called when something was put back, or could not be.
+func (k *kernelPath) onRestored(what []string, err error) {
+	r := &k.restored
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	level := slog.LevelDebug // what happens again and again is told once
+	if err != nil && r.err == nil || err == nil && r.times == 0 {
+		level = slog.LevelWarn
+	}
+	if r.err = err; len(what) > 0 {
+		r.times++
+		r.what, r.last = strings.Join(what, ", "), time.Now()
+	}
+	if err != nil {
+		k.log.Log(context.Background(), level, "routing in the namespace was deleted, and could not be restored", "err", err)
+		return
+	}
+	k.log.Log(context.Background(), level, "routing in the namespace was deleted by somebody else, and is restored",
+		"what", r.what, "hint", "does a firewall there begin with nft flush ruleset?")
+}
+
+// note is for [Status], "" if nothing was deleted.
+func (k *kernelPath) note() string {
+	r := &k.restored
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.err != nil:
+		return "somebody deleted routing of the kernel path in the namespace, and it could not be restored: " + r.err.Error()
+	case r.times == 0:
+		return ""
+	}
+	return fmt.Sprintf("somebody deleted routing of the kernel path in the namespace (%s), %d times, at %s for the last time; "+
+		"it was restored", r.what, r.times, r.last.Format(time.RFC3339))
 }
 
 // listener is paths.listener. Of two, such as one for each family, a mark is

@@ -304,6 +304,15 @@ func (f *Forwarder) Status() Status {
 		s.Notes = append(s.Notes, fmt.Sprintf("%d connections were not begun by the namespace's kernel, "+
 			"but by a guest in it or behind it: they took the tap path", n))
 	}
+	kernel := f.kernel
+	if f.inbound != nil {
+		kernel = f.inbound.path
+	}
+	if kernel != nil {
+		if note := kernel.note(); note != "" {
+			s.Notes = append(s.Notes, note)
+		}
+	}
 	if f.ping != nil {
 		if note := f.ping.note(); note != "" {
 			s.Notes = append(s.Notes, note)
