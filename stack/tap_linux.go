@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -103,7 +104,7 @@ func (t *tap) Read(bufs [][]byte, idle func() bool) (int, error) {
 	t.bufs = bufs
 	for {
 		n, err := t.tryRead()
-		if err != unix.EAGAIN {
+		if !errors.Is(err, unix.EAGAIN) {
 			return n, err
 		}
 		if idle() {

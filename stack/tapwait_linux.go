@@ -1,6 +1,7 @@
 package stack
 
 import (
+	"errors"
 	"os"
 	"syscall"
 
@@ -98,7 +99,7 @@ func (w *tapWait) parked() (int, error) {
 
 func (w *tapWait) tryRead(uintptr) bool {
 	w.n, w.err = w.read()
-	return w.err != unix.EAGAIN
+	return !errors.Is(w.err, unix.EAGAIN)
 }
 
 // end ends a wait, and all later ones. It is for any goroutine, until close.
