@@ -184,9 +184,9 @@ func (b *syncBuffer) String() string {
 	return b.b.String()
 }
 
-// fillDescriptors leaves no descriptor for a new file until the limit, which it
-// returns, is set again.
-func fillDescriptors(t *testing.T) (limit unix.Rlimit) {
+// fillDescriptors leaves that many descriptors for new files until the limit, which
+// it returns, is set again.
+func fillDescriptors(t *testing.T, left uint64) (limit unix.Rlimit) {
 	t.Helper()
 	require.NoError(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &limit))
 	t.Cleanup(func() { unix.Setrlimit(unix.RLIMIT_NOFILE, &limit) })
@@ -194,7 +194,7 @@ func fillDescriptors(t *testing.T) (limit unix.Rlimit) {
 	require.NoError(t, err)
 	unix.Close(last)
 	low := limit
-	low.Cur = uint64(last)
+	low.Cur = uint64(last) + left
 	require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &low))
 	return limit
 }
@@ -231,7 +231,7 @@ func TestNoDescriptorsLeft(t *testing.T) {
 		})
 		defer unix.Close(fd)
 		require.NoError(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}))
-		limit := fillDescriptors(t)
+		limit := fillDescriptors(t, 0)
 		require.NoError(t, unix.Connect(fd, toSockaddr(netip.MustParseAddrPort(net.JoinHostPort(host4, "8080")))))
 		if path == Kernel {
 			_, err := unix.Read(fd, make([]byte, 1))
@@ -257,6 +257,35 @@ func TestNoDescriptorsLeft(t *testing.T) {
 		require.NoError(t, echo(c))
 		require.Eventually(t, func() bool { return f.Status().Rules[0].Active == 3 }, 5*time.Second, time.Millisecond)
 	})
+}
+
+// A connection of the container's for which there is a descriptor to dial, but none
+// for the socket that its SYN becomes, ends at once and leaves no descriptor taken.
+func TestNoDescriptorForAReleasedSYN(t *testing.T) {
+	remote := newLAN(t)
+	ns := newNS(t)
+	f, _ := start(t, Config{NetNS: ns, Datapath: Kernel})
+	for _, to := range []string{at(remote4, echoServer(t, remote)), at(remote6, echoServer(t, remote))} {
+		dst := netip.MustParseAddrPort(to)
+		family := unix.AF_INET6
+		if dst.Addr().Is4() {
+			family = unix.AF_INET
+		}
+		var fd int
+		within(t, ns, func() {
+			var err error
+			fd, err = unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+			require.NoError(t, err)
+		})
+		require.NoError(t, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}))
+		limit := fillDescriptors(t, 1)
+		require.NoError(t, unix.Connect(fd, toSockaddr(dst)))
+		_, err := unix.Read(fd, make([]byte, 1))
+		require.ErrorIs(t, err, unix.ECONNRESET)
+		require.Eventually(t, func() bool { return f.Status().Outbound.Active == 0 }, releaseTimeout/2, time.Millisecond)
+		require.NoError(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &limit))
+		require.NoError(t, unix.Close(fd))
+	}
 }
 
 // Thousands of flows, some of them with a receiver that does not read, take little

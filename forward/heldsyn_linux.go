@@ -388,7 +388,12 @@ func (hl *heldListener) accept(l *spliceLoop) bool {
 	case errors.Is(err, unix.EAGAIN):
 		return false
 	case exhausted(err):
-		if !l.s.refuse(hl.fd) {
+		refused := func(fd int, src netip.AddrPort) {
+			if c := hl.find(fd, src); c != nil {
+				c.drop(l) // its dialled socket is a descriptor for the next one
+			}
+		}
+		if !l.s.refuse(hl.fd, refused) {
 			time.Sleep(time.Millisecond)
 			return false
 		}
@@ -396,14 +401,20 @@ func (hl *heldListener) accept(l *spliceLoop) bool {
 	return true
 }
 
-// pair finds the dialled socket for an accepted one.
+// pair gives an accepted socket to the connection that it is of.
 func (hl *heldListener) pair(l *spliceLoop, fd int, src netip.AddrPort) {
-	sa, err := unix.Getsockname(fd)
-	if err == nil {
-		if c := hl.h.released[flowKey{src, addrPortOf(sa)}]; c != nil {
-			c.accepted(l, fd)
-			return
-		}
+	if c := hl.find(fd, src); c != nil {
+		c.accepted(l, fd)
+	} else {
+		closeSocket(fd, true) // too late
 	}
-	closeSocket(fd, true) // too late
+}
+
+// find returns the connection that an accepted socket is of, nil if it is over.
+func (hl *heldListener) find(fd int, src netip.AddrPort) *heldSYN {
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return nil
+	}
+	return hl.h.released[flowKey{src, addrPortOf(sa)}]
 }

@@ -91,11 +91,11 @@ func (a *acceptor) accept(l *spliceLoop) (more bool) {
 		return false
 	case exhausted(err):
 		a.warn("connection refused", err)
-		if !l.s.refuse(a.fd) {
+		count := func(int, netip.AddrPort) { a.to.Load().list[0].rule.refused.Add(1) }
+		if !l.s.refuse(a.fd, count) {
 			time.Sleep(time.Millisecond) // the client waits in the backlog
 			return false
 		}
-		a.to.Load().list[0].rule.refused.Add(1)
 	default: // about one connection, which has gone already: accept(2)
 	}
 	return true

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"sync"
@@ -92,8 +93,8 @@ func (s *splicer) close() {
 }
 
 // refuse accepts a connection when there are no descriptors left, to end it with
-// RST. It is false if there is not even one for that.
-func (s *splicer) refuse(listener int) bool {
+// RST once refused has looked at it. It is false if there is not even one for that.
+func (s *splicer) refuse(listener int, refused func(fd int, src netip.AddrPort)) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.reserve < 0 {
@@ -101,8 +102,9 @@ func (s *splicer) refuse(listener int) bool {
 		return false
 	}
 	unix.Close(s.reserve)
-	fd, _, err := unix.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+	fd, sa, err := unix.Accept4(listener, unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
 	if err == nil {
+		refused(fd, addrPortOf(sa))
 		closeSocket(fd, true)
 	}
 	s.reserve = reserveFD()
