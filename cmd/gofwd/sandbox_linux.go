@@ -51,7 +51,7 @@ func (s *sandbox) enter() error {
 		{"restrict system calls", restrictSyscalls},
 	} {
 		if err := phase.do(); err != nil {
-			return &hintedError{fmt.Errorf("enter sandbox: %s: %w", phase.name, err), "--no-sandbox does without"}
+			return &hintedError{fmt.Errorf("enter sandbox: %s: %w", phase.name, err), "gofwd run and gofwd attach have --no-sandbox"}
 		}
 	}
 	return nil
