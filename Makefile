@@ -70,8 +70,7 @@ PODMAN_CONF    = $(DESTDIR)/etc/containers/containers.conf.d/gofwd.conf
 install-podman: ## make gofwd the helper of Podman, on top of make install
 	install -d $(DESTDIR)$(PODMAN_HELPERS) $(dir $(PODMAN_CONF))
 	for name in pasta pesto rootlessport; do ln -sfn $(PREFIX)/bin/gofwd $(DESTDIR)$(PODMAN_HELPERS)/$$name; done
-	printf '[engine]\nhelper_binaries_dir = ["%s", "/usr/local/libexec/podman", "/usr/local/lib/podman", "/usr/libexec/podman", "/usr/lib/podman"]\n' \
-		$(PODMAN_HELPERS) > $(PODMAN_CONF)
+	sed 's|/usr/libexec/gofwd|$(PODMAN_HELPERS)|' contrib/containers/gofwd.conf > $(PODMAN_CONF)
 .PHONY: install-podman
 
 uninstall-podman:
