@@ -24,6 +24,14 @@
 // numbers of the container in network.go, the tables of addresses in hostmap.go,
 // and the host's nameservers in dns.go.
 //
+// # Threads
+//
+// What wakes for every packet is no goroutine that the runtime wakes: a Forwarder has
+// threads that wait in the kernel themselves, one for the tap, GOMAXPROCS for flows
+// on the kernel path (splicer_linux.go) and two to four for UDP (udpin.go). They
+// sleep unless there is traffic. Whoever embeds many Forwarders counts that many
+// threads for each.
+//
 // # Limits
 //
 // Sources are kept for every client but those that hostMap.source lists. Each TCP
