@@ -1,19 +1,20 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"unsafe"
 
 	"github.com/elastic/go-seccomp-bpf"
 	"github.com/elastic/go-seccomp-bpf/arch"
 	"github.com/landlock-lsm/go-landlock/landlock"
 	ll "github.com/landlock-lsm/go-landlock/landlock/syscall"
 	"golang.org/x/sys/unix"
-	"kernel.org/pub/linux/libs/security/libcap/cap"
+	"kernel.org/pub/linux/libs/security/libcap/psx"
 )
 
 // Once everything is up, the process that forwards gives up what it needs no
@@ -61,30 +62,49 @@ func (s *sandbox) enter() error {
 // transparent sockets, routes, nf_tables, captures and ports below 1024 take
 // there.
 func (s *sandbox) dropCapabilities() error {
-	keep := []cap.Value{cap.SYS_ADMIN, cap.NET_ADMIN, cap.NET_RAW, cap.NET_BIND_SERVICE}
+	keep := []int{unix.CAP_SYS_ADMIN, unix.CAP_NET_ADMIN, unix.CAP_NET_RAW, unix.CAP_NET_BIND_SERVICE}
 	if s.kill {
-		keep = append(keep, cap.KILL)
+		keep = append(keep, unix.CAP_KILL)
 	}
-	now, set := cap.GetProc(), cap.NewSet()
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return os.NewSyscallError("capget", err)
+	}
+	var mask [2]uint32
 	for _, c := range keep {
-		have, err := now.GetFlag(cap.Permitted, c)
-		if err != nil {
-			return err
-		}
-		if !have {
-			continue
-		}
-		if err := errors.Join(set.SetFlag(cap.Permitted, true, c), set.SetFlag(cap.Effective, true, c)); err != nil {
-			return err
-		}
+		mask[c/32] |= 1 << (c % 32)
 	}
-	return set.SetProc()
+	for i := range data {
+		have := data[i].Permitted & mask[i]
+		data[i] = unix.CapUserData{Effective: have, Permitted: have}
+	}
+	return capset(&header, &data)
+}
+
+// capset is capset(2) for all threads. What it points to is pinned, which is to say on
+// the heap: a goroutine's stack may move on the way to the system call. (Set.SetProc
+// of libcap's Go package, at 1.2.78, leaves its header there, and fails now and then
+// with EINVAL.)
+func capset(header *unix.CapUserHeader, data *[2]unix.CapUserData) error {
+	var pins runtime.Pinner
+	defer pins.Unpin()
+	pins.Pin(header)
+	pins.Pin(data)
+	_, _, errno := psx.Syscall3(unix.SYS_CAPSET, uintptr(unsafe.Pointer(header)), uintptr(unsafe.Pointer(data)), 0)
+	if errno != 0 {
+		return os.NewSyscallError("capset", errno)
+	}
+	return nil
 }
 
 // setNoNewPrivs sets it for all threads.
 func setNoNewPrivs() error {
-	_, err := cap.Prctlw(unix.PR_SET_NO_NEW_PRIVS, 1)
-	return err
+	_, _, errno := psx.Syscall6(unix.SYS_PRCTL, unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, 0)
+	if errno != 0 {
+		return os.NewSyscallError("prctl", errno)
+	}
+	return nil
 }
 
 // restrictFiles leaves the files that are read while gofwd runs: resolv.conf,
