@@ -100,6 +100,9 @@ func (f *splicedFlow) advance(l *spliceLoop, side int) {
 	h.last = f.wait[1-side] == waitsNone
 	w, err := h.run(&l.s.pipes, l.buf[:])
 	if n := h.moved - before; n > 0 {
+		if f.settled && n >= muchAtOnce {
+			l.bulk.moved(f.slot)
+		}
 		if side == 0 {
 			f.counters.bytesIn.Add(n)
 		} else {
@@ -176,6 +179,9 @@ func (l *spliceLoop) resume(f *splicedFlow) {
 // advancesToLast is after how many turns of its halves a flow is one that lasts, as
 // fillsForBulk is by its bytes: thirty requests and responses, say.
 const advancesToLast = 64
+
+// muchAtOnce is what requests and responses do not move at once, as a rule.
+const muchAtOnce = 4 << 10
 
 // endOf is how a flow ends of which a side died.
 func endOf(side int) string {

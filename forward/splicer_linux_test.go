@@ -283,3 +283,17 @@ func TestSplicedHalfShortWrite(t *testing.T) {
 	require.Equal(t, size, received)
 	require.Empty(t, h.rest)
 }
+
+// The loop gathers where several flows move much, and not for one.
+func TestGathersForSeveralFlows(t *testing.T) {
+	l := &spliceLoop{bulk: bulkFlows{last: 1}}
+	for range 3 {
+		l.bulk.moved(1)
+	}
+	require.False(t, l.bulk.several)
+	l.bulk.moved(2)
+	require.True(t, l.bulk.several)
+	l.gather()
+	l.bulk.moved(2)
+	require.False(t, l.bulk.several)
+}
