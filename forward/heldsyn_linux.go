@@ -42,7 +42,8 @@ type heldSYNs struct {
 type flowKey struct{ src, dst netip.AddrPort }
 
 // releaseTimeout is how long a dialled socket waits for its SYN to be accepted.
-// That takes microseconds, or never happens since the container gave up.
+// As a rule that is done before the SYN's write(2) ends (see release), or it never
+// happens since the container gave up.
 const releaseTimeout = 3 * time.Second
 
 // heldBacklog is the backlog of the listeners, cut to net.core.somaxconn of the

@@ -39,9 +39,9 @@ import (
 // never blocks: what a socket does not take at once is dropped, as a router does.
 //
 // Datagrams of one flow that follow each other are joined into super-frames, in
-// both directions, as long as there are more to read: a system call costs a
-// microsecond for one datagram or for sixty-four. Super-frames that arrive as such
-// are passed on whole. What a receiver sees is the datagrams that were sent.
+// both directions, as long as there are more to read: a system call costs about as
+// much for one datagram as for sixty-four (bench, UDP beside UDPGSO). Super-frames
+// that arrive as such are passed on whole. What a receiver sees is the datagrams that were sent.
 //
 // Errors: a socket's error queue (udperror_linux.go) says which destination an
 // ICMP error is about, and the container is told in the same words. Sockets go on

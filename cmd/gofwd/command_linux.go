@@ -133,8 +133,8 @@ func notRunnable(program string, err error) error {
 }
 
 // groupDelay is how far apart the signals that outer and inner get may be and
-// still be one, sent to the process group. It takes some ten microseconds on an
-// idle machine.
+// still be one, sent to the process group: far longer than it takes the kernel to
+// send both, on a busy machine too.
 const groupDelay = 50 * time.Millisecond
 
 // groupFilter passes those signals of outer on to the command that were sent to
