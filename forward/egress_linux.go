@@ -177,8 +177,11 @@ func egressError(what string, err error) error {
 	return fmt.Errorf("outbound %s: %w", what, err)
 }
 
-// bindFor is bind where the egress applies.
-func (g *egress) bindFor(fd int, dst netip.Addr) error {
+// prepareTCP readies a socket that is to connect to dst.
+func (g *egress) prepareTCP(fd int, dst netip.Addr) error {
+	if dst.IsLoopback() {
+		staysLocal(fd)
+	}
 	if !g.applies(dst) {
 		return nil
 	}
@@ -188,12 +191,10 @@ func (g *egress) bindFor(fd int, dst netip.Addr) error {
 // dialTCP connects to dst from the thread's own network namespace, the host's.
 func (g *egress) dialTCP(ctx context.Context, dst netip.AddrPort) (flowConn, error) {
 	d := net.Dialer{KeepAliveConfig: keepAlive}
-	if g.applies(dst.Addr()) {
-		d.Control = func(_, _ string, c syscall.RawConn) error {
-			var err error
-			ctlErr := c.Control(func(fd uintptr) { err = g.bind(int(fd), dst.Addr().Is4()) })
-			return errors.Join(ctlErr, err)
-		}
+	d.Control = func(_, _ string, c syscall.RawConn) error {
+		var err error
+		ctlErr := c.Control(func(fd uintptr) { err = g.prepareTCP(int(fd), dst.Addr()) })
+		return errors.Join(ctlErr, err)
 	}
 	// Not DialTCP, which takes no source address for 0.0.0.0, and binds to that.
 	c, err := d.DialContext(ctx, "tcp", dst.String())
@@ -208,7 +209,7 @@ func (g *egress) connectTCP(dst netip.AddrPort) (fd int, err error) {
 	if fd, err = openTCP(dst.Addr().Is4()); err != nil {
 		return -1, err
 	}
-	if err = g.bindFor(fd, dst.Addr()); err == nil {
+	if err = g.prepareTCP(fd, dst.Addr()); err == nil {
 		err = setOptions(fd, keepAliveOptions())
 	}
 	if err == nil {

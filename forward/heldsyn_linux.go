@@ -113,6 +113,7 @@ func listenTransparent(addr netip.Addr, mark uint32) (fd int, err error) {
 	if err == nil {
 		err = os.NewSyscallError("bind", unix.Bind(fd, toSockaddr(netip.AddrPortFrom(addr, 0))))
 	}
+	staysLocal(fd)
 	// What is accepted has the port that the container called as its own, and
 	// would keep the container from listening on it; so it does if the
 	// container's server lacks the option, too, and wants every address: see

@@ -379,6 +379,9 @@ func (l *boundListener) prepare(fd int) error {
 		}
 	}
 	if l.rule.Proto == TCP {
+		if l.rule.Dir == Out || l.rule.Addr.IsLoopback() {
+			staysLocal(fd)
+		}
 		return prepareTCP(fd)
 	}
 	return prepareUDP(fd, udpListener)

@@ -126,7 +126,10 @@ func planNetwork(cfg Network, host hostNetwork) (*networkPlan, error) {
 	if cfg.NoIPv4 && cfg.NoIPv6 {
 		return nil, errors.New("number the container: neither IPv4 nor IPv6 is wanted")
 	}
-	p := &networkPlan{link: netnsutil.Link{Name: cfg.IfName, MTU: cfg.MTU, QueueLen: stack.TapQueueLen}}
+	p := &networkPlan{link: netnsutil.Link{
+		Name: cfg.IfName, MTU: cfg.MTU, QueueLen: stack.TapQueueLen,
+		Congestion: netnsutil.LocalCongestion, // the tap ends on this machine
+	}}
 	if p.link.Name == "" {
 		p.link.Name = defaultIfName
 	}

@@ -53,6 +53,16 @@ const (
 	ownerName = "@gofwd-kernel-path"
 )
 
+// LocalCongestion is the congestion control for connections that do not leave the
+// machine, which every kernel has and every user may choose. There is no congestion
+// over lo, and one that paces (bbr, which a namespace inherits from the host) spends
+// more time on timers and small bursts than the copying takes (bench, cc=default).
+// A socket that paced once does so for good (sk_pacing_status), so it must be chosen
+// before the handshake: by a socket option, that of the listener or before connect(2);
+// for sockets of the container's own programs by the route (RTAX_CC_ALGO, Linux 4.0),
+// of the SYN or of the SYN-ACK.
+const LocalCongestion = "reno"
+
 // ErrKernelPathBusy says that another process runs a kernel path in the
 // namespace.
 var ErrKernelPathBusy = errors.New("another gofwd runs the kernel path of this namespace")
@@ -312,6 +322,7 @@ func (k *KernelPath) localRoute(family int) *netlink.Route {
 		Table:     k.table,
 		Priority:  metric,
 		Protocol:  kernelPathProto,
+		Congctl:   LocalCongestion,
 	}
 }
 

@@ -405,6 +405,53 @@ func TestKernelAcceptedSocketInheritsMark(t *testing.T) {
 	}
 }
 
+// The route of the SYN-ACK gives the accepted socket its congestion control
+// (RTAX_CC_ALGO), so that the container's servers do not pace what goes over lo.
+func TestKernelRouteGivesAcceptedSocketItsCongestionControl(t *testing.T) {
+	for _, f := range families {
+		t.Run(f.name, func(t *testing.T) {
+			ns, h := newTestNS(t)
+			addNowhere(t, h)
+			const setting = "/proc/sys/net/ipv4/tcp_congestion_control"
+			require.NoError(t, ns.Do(func() error {
+				available, err := os.ReadFile("/proc/sys/net/ipv4/tcp_available_congestion_control")
+				if err != nil {
+					return err
+				}
+				others := slices.DeleteFunc(strings.Fields(string(available)), func(s string) bool { return s == LocalCongestion })
+				require.NotEmpty(t, others, "the kernel has nothing but %s", LocalCongestion)
+				return os.WriteFile(setting, []byte(others[0]), 0)
+			}))
+			k, err := ns.OpenKernelPath()
+			require.NoError(t, err)
+			defer k.Close()
+			l := listenIn(t, ns, "[::]:8080", 0)
+			for _, by := range []struct {
+				mark   uint32
+				client netip.Addr
+				want   string
+			}{
+				{k.Mark(), f.client, LocalCongestion},
+				{0, f.server, readSysctl(t, ns, "ipv4/tcp_congestion_control")}, // not by that route
+			} {
+				c, err := dialAs(ns, f, by.mark, "tcp", netip.AddrPortFrom(by.client, 40000), netip.AddrPortFrom(f.server, 8080))
+				require.NoError(t, err)
+				s, err := l.Accept()
+				require.NoError(t, err)
+				rc, err := s.(*net.TCPConn).SyscallConn()
+				require.NoError(t, err)
+				require.NoError(t, rc.Control(func(fd uintptr) {
+					name, err := unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION)
+					require.NoError(t, err)
+					require.Equal(t, by.want, name)
+				}))
+				s.Close()
+				c.Close()
+			}
+		})
+	}
+}
+
 // The RST of a closed port carries the mark of the SYN (fwmark_reflect) and
 // comes back as well; without, a closed port would be a time-out.
 func TestKernelResetReflectsMark(t *testing.T) {

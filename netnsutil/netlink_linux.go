@@ -91,7 +91,7 @@ func configureLink(h *netlink.Handle, link Link) error {
 		}
 	}
 	for _, r := range link.inOrder() {
-		route := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(r.Dst)}
+		route := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(r.Dst), Congctl: link.Congestion}
 		if r.Via.IsValid() {
 			route.Gw = r.Via.AsSlice()
 		} else if r.Dst.Addr().Is4() {
