@@ -3,6 +3,7 @@ package forward
 import (
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
@@ -32,6 +33,7 @@ type spliceLoop struct {
 	turns []*splicedFlow
 	late  lateList
 	bulk  bulkFlows
+	slice timeSlice
 
 	mu      sync.Mutex // guards the following fields
 	slots   []watched
@@ -92,6 +94,7 @@ func (l *spliceLoop) loop() {
 		l.takeTurns()
 		l.late.expire()
 		l.gather()
+		l.slice.turn()
 		if woken && l.runCalls() {
 			return
 		}
@@ -118,6 +121,41 @@ func (l *spliceLoop) gather() {
 		l.bulk.several = false
 		_, _, _ = unix.Syscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 	}
+}
+
+// timeSlice ends the time slice of a busy loop before the Go runtime does. A goroutine
+// that has run for 10 ms is one whose processor (P) the runtime's monitor takes as
+// often as it finds it in a system call, where the loop mostly is; and what it has had
+// to do it looks for again after 20 µs, on a thread of its own (retake and sysmon in
+// runtime/proc.go, Go 1.26): thousands of times a second, on the processor that the
+// loop, the client or the server could use (bench, HTTP).
+type timeSlice struct {
+	turns int
+	begun time.Time
+}
+
+const (
+	timeSliceMax = 5 * time.Millisecond
+	// busyTurns is how many turns of the loop a slice has at least: who sleeps
+	// that much between them is let alone.
+	busyTurns = 32
+)
+
+// turn is called once a turn of the loop.
+func (s *timeSlice) turn() {
+	if s.turns++; s.turns < busyTurns {
+		return
+	}
+	now := time.Now()
+	took := now.Sub(s.begun)
+	if took < timeSliceMax {
+		s.turns = 0
+		return
+	}
+	if took < 4*timeSliceMax {
+		runtime.Gosched()
+	}
+	*s = timeSlice{begun: now}
 }
 
 // timeout returns how long the loop may sleep, in milliseconds.
