@@ -232,10 +232,10 @@ func (w *HostWatch) Close() error {
 func (w *HostWatch) receive() {
 	defer close(w.done)
 	defer close(w.changes)
-	for readMessage(w.sock) {
+	for skipMessage(w.sock) {
 		if w.settle > 0 {
 			_ = w.sock.SetReadDeadline(time.Now().Add(w.settle))
-			for readMessage(w.sock) {
+			for skipMessage(w.sock) {
 			}
 			_ = w.sock.SetReadDeadline(time.Time{}) // an error is that of the next read
 		}
@@ -260,10 +260,18 @@ func netlinkGroups(protocol int, groups uint32) (*os.File, error) {
 	return os.NewFile(uintptr(fd), "netlink"), nil
 }
 
-// readMessage takes a message, and reports whether there was one.
-func readMessage(sock *os.File) bool {
-	var buf [1]byte // the rest of the message is cut off
-	_, err := sock.Read(buf[:])
-	// ENOBUFS says that there were more messages than would fit.
-	return err == nil || errors.Is(err, unix.ENOBUFS)
+// skipMessage takes a message, and reports whether there was one.
+func skipMessage(sock *os.File) bool {
+	_, ok := readMessage(sock, make([]byte, 1))
+	return ok
+}
+
+// readMessage takes a message, the first bytes of it into buf, and reports whether
+// there was one. None of its bytes say that there were more messages than would fit.
+func readMessage(sock *os.File, buf []byte) (n int, ok bool) {
+	n, err := sock.Read(buf)
+	if errors.Is(err, unix.ENOBUFS) {
+		return 0, true
+	}
+	return n, err == nil
 }

@@ -1,6 +1,7 @@
 package netnsutil
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -24,18 +25,25 @@ const (
 type guard struct {
 	k       *KernelPath
 	report  func(what []string, err error)
-	socks   []*os.File
+	socks   []guardSock
 	changes chan struct{}
 	stop    chan struct{}
 	wg      sync.WaitGroup
 }
 
+// guardSock hears of changes. Those matter of which the beginning of the message does.
+type guardSock struct {
+	*os.File
+	matters func(msg []byte) bool
+}
+
 // Guard begins to put back what others delete of the path, soon after they did:
 // firewalls in a container begin with "nft flush ruleset", as nftables.service of
-// Debian does, and some scripts with "ip rule flush". The kernel announces changes
-// of the ruleset and of the rules for routing (NFNLGRP_NFTABLES,
-// RTNLGRP_IPV4_RULE, RTNLGRP_IPV6_RULE); none costs more than a look, and nothing is
-// put back more than once a second. Nobody else's rules are touched.
+// Debian does, some scripts with "ip rule flush", and "ip link set lo down" takes a
+// route along. The kernel announces changes of the ruleset, of the rules for routing,
+// of routes and of interfaces (NFNLGRP_NFTABLES, RTNLGRP_IPV4_RULE and so on); none
+// costs more than a look, and nothing is put back more than once a second. Nobody
+// else's rules are touched.
 //
 // report is called, by a goroutine, with the names of what was put back, or the
 // error of that. It must not call Close, which ends the guard and waits for it.
@@ -43,20 +51,26 @@ type guard struct {
 func (k *KernelPath) Guard(report func(what []string, err error)) error {
 	g := &guard{k: k, report: report, changes: make(chan struct{}, 1), stop: make(chan struct{})}
 	err := k.ns.Do(func() error {
-		rules, err := netlinkGroups(unix.NETLINK_ROUTE, 1<<(unix.RTNLGRP_IPV4_RULE-1)|1<<(unix.RTNLGRP_IPV6_RULE-1))
-		if err != nil {
+		any := func([]byte) bool { return true }
+		open := func(protocol int, matters func(msg []byte) bool, groups ...int) error {
+			bits := uint32(0)
+			for _, group := range groups {
+				bits |= 1 << (group - 1)
+			}
+			sock, err := netlinkGroups(protocol, bits)
+			if err == nil {
+				g.socks = append(g.socks, guardSock{sock, matters})
+			}
 			return err
 		}
-		g.socks = append(g.socks, rules)
-		if k.nft == nil {
-			return nil
+		err := open(unix.NETLINK_ROUTE, any, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE)
+		if err == nil {
+			err = open(unix.NETLINK_ROUTE, k.isAboutRoute, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 		}
-		nft, err := netlinkGroups(unix.NETLINK_NETFILTER, 1<<(unix.NFNLGRP_NFTABLES-1))
-		if err != nil {
-			return err
+		if err == nil && k.nft != nil {
+			err = open(unix.NETLINK_NETFILTER, any, unix.NFNLGRP_NFTABLES)
 		}
-		g.socks = append(g.socks, nft)
-		return nil
+		return err
 	})
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -78,9 +92,34 @@ func (k *KernelPath) Guard(report func(what []string, err error)) error {
 	return nil
 }
 
-// listen turns messages into changes; what they say does not matter.
-func (g *guard) listen(sock *os.File) {
-	for readMessage(sock) {
+// isAboutRoute reports whether a message of rtnetlink(7) may be of one of our local
+// routes: of its deletion, or of a lo that is up. The IPv6 one goes when lo goes down,
+// and cannot be put back before that is up again.
+func (k *KernelPath) isAboutRoute(msg []byte) bool {
+	if len(msg) < unix.SizeofNlMsghdr+unix.SizeofRtMsg {
+		return true
+	}
+	body := msg[unix.SizeofNlMsghdr:]
+	switch binary.NativeEndian.Uint16(msg[4:]) { // nlmsg_type
+	case unix.RTM_DELROUTE: // rtm_dst_len and rtm_protocol
+		return body[1] == 0 && body[5] == kernelPathProto
+	case unix.RTM_NEWLINK: // ifi_index and ifi_flags
+		return binary.NativeEndian.Uint32(body[4:]) == uint32(k.lo) && binary.NativeEndian.Uint32(body[8:])&unix.IFF_UP != 0
+	}
+	return false
+}
+
+// listen turns messages that matter into changes.
+func (g *guard) listen(sock guardSock) {
+	buf := make([]byte, unix.SizeofNlMsghdr+unix.SizeofRtMsg)
+	for {
+		n, ok := readMessage(sock.File, buf)
+		if !ok {
+			return
+		}
+		if !sock.matters(buf[:n]) {
+			continue
+		}
 		select {
 		case g.changes <- struct{}{}:
 		default:
@@ -134,7 +173,7 @@ func (k *KernelPath) restore() (what []string, err error) {
 	}
 	for _, family := range k.families {
 		name := map[int]string{unix.AF_INET: "IPv4", unix.AF_INET6: "IPv6"}[family]
-		if err := k.h.RouteAdd(k.localRoute(family)); !errors.Is(err, unix.EEXIST) {
+		if err := k.h.RouteAdd(k.localRoute(family)); !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ENETDOWN) {
 			put(name+" route", err)
 		}
 		marked, ports, err := k.ownRules(family)

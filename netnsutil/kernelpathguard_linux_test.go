@@ -97,6 +97,17 @@ func TestGuardPutsBack(t *testing.T) {
 			}
 			flushRules(h)
 		}, []string{"IPv4 route", "IPv6 route", "IPv4 rule", "IPv6 rule"}},
+		{"delete the routes alone", func(_ *NS, h *netlink.Handle, k *KernelPath) {
+			for _, family := range k.families {
+				require.NoError(t, h.RouteDel(k.localRoute(family)))
+			}
+		}, []string{"IPv4 route", "IPv6 route"}},
+		{"lo down and up", func(_ *NS, h *netlink.Handle, k *KernelPath) {
+			lo, err := h.LinkByName("lo")
+			require.NoError(t, err)
+			require.NoError(t, h.LinkSetDown(lo))
+			require.NoError(t, h.LinkSetUp(lo))
+		}, []string{"IPv6 route"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			ns, h := newTestNS(t)
