@@ -2,10 +2,12 @@ package forward
 
 import (
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -102,32 +104,43 @@ func TestTCPAcceptWithoutDescriptors(t *testing.T) {
 	addr, _ := listenTCP(t, e)
 	var limit syscall.Rlimit
 	require.NoError(t, syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit))
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-	require.NoError(t, err)
-	defer syscall.Close(fd)
-	none := limit
-	none.Cur = uint64(fd) // every lower one is in use, or soon will be
-	for {
-		low, err := syscall.Dup(fd)
+	// Several, since somebody else's descriptor may be closed meanwhile, which
+	// serves one.
+	var clients [5]int
+	for i := range clients {
+		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
 		require.NoError(t, err)
-		defer syscall.Close(low)
-		if low > fd {
-			none.Cur = uint64(low)
-			break
-		}
+		defer syscall.Close(fd)
+		clients[i] = fd
 	}
+	none := limit
+	none.Cur = uint64(slices.Max(clients[:]) + 1)
 	require.NoError(t, syscall.Setrlimit(syscall.RLIMIT_NOFILE, &none))
 	restore := sync.OnceFunc(func() { syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit) })
 	defer restore()
 	to := netip.MustParseAddrPort(addr)
-	require.NoError(t, syscall.Connect(fd, &syscall.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}))
-	require.NoError(t, syscall.SetNonblock(fd, true))
-	time.Sleep(50 * time.Millisecond)
-	_, err = syscall.Read(fd, make([]byte, 1))
-	require.ErrorIs(t, err, syscall.EAGAIN, "it waits")
+	fd := -1
+	for _, client := range clients {
+		for {
+			low, err := syscall.Dup(client)
+			if err != nil {
+				require.ErrorIs(t, err, syscall.EMFILE)
+				break
+			}
+			defer syscall.Close(low)
+		}
+		require.NoError(t, syscall.Connect(client, &syscall.SockaddrInet4{Addr: to.Addr().As4(), Port: int(to.Port())}))
+		require.NoError(t, syscall.SetNonblock(client, true))
+		time.Sleep(50 * time.Millisecond)
+		if _, err := syscall.Read(client, make([]byte, 1)); errors.Is(err, syscall.EAGAIN) {
+			fd = client
+			break
+		}
+	}
+	require.NotEqual(t, -1, fd, "none waits")
 	restore()
 	require.Eventually(t, func() bool {
-		_, err = syscall.Read(fd, make([]byte, 1))
+		_, err := syscall.Read(fd, make([]byte, 1))
 		return err == syscall.ECONNRESET
 	}, 5*time.Second, 10*time.Millisecond)
 }
