@@ -65,7 +65,8 @@ func (k *KernelPath) Guard(report func(what []string, err error)) error {
 		}
 		err := open(unix.NETLINK_ROUTE, any, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE)
 		if err == nil {
-			err = open(unix.NETLINK_ROUTE, k.isAboutRoute, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
+			err = open(unix.NETLINK_ROUTE, k.isAboutRoute,
+				unix.RTNLGRP_LINK, unix.RTNLGRP_IPV6_IFINFO, unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 		}
 		if err == nil && k.nft != nil {
 			err = open(unix.NETLINK_NETFILTER, any, unix.NFNLGRP_NFTABLES)
@@ -93,8 +94,9 @@ func (k *KernelPath) Guard(report func(what []string, err error)) error {
 }
 
 // isAboutRoute reports whether a message of rtnetlink(7) may be of one of our local
-// routes: of its deletion, or of a lo that is up. The IPv6 one goes when lo goes down,
-// and cannot be put back before that is up again.
+// routes: of its deletion, or of a lo that is up. The IPv6 one goes when lo goes down
+// or IPv6 is disabled (net.ipv6.conf.lo.disable_ipv6), and cannot be put back before
+// that is undone.
 func (k *KernelPath) isAboutRoute(msg []byte) bool {
 	if len(msg) < unix.SizeofNlMsghdr+unix.SizeofRtMsg {
 		return true
@@ -173,7 +175,13 @@ func (k *KernelPath) restore() (what []string, err error) {
 	}
 	for _, family := range k.families {
 		name := map[int]string{unix.AF_INET: "IPv4", unix.AF_INET6: "IPv6"}[family]
-		if err := k.h.RouteAdd(k.localRoute(family)); !errors.Is(err, unix.EEXIST) && !errors.Is(err, unix.ENETDOWN) {
+		switch err := k.h.RouteAdd(k.localRoute(family)); {
+		case errors.Is(err, unix.EEXIST):
+		case errors.Is(err, unix.ENETDOWN), family == unix.AF_INET6 && errors.Is(err, unix.EACCES): // see isAboutRoute
+		case err == nil:
+			err = k.restoreUDPClients(family) // they went with it
+			fallthrough
+		default:
 			put(name+" route", err)
 		}
 		marked, ports, err := k.ownRules(family)

@@ -134,6 +134,17 @@ func (k *KernelPath) removeUDPClientLocked(e *list.Element) error {
 	return nil
 }
 
+func (k *KernelPath) restoreUDPClients(family int) error {
+	for e := k.udp.lru.Front(); e != nil; e = e.Next() {
+		if c := e.Value.(udpClient); familyOf(c.client) == family {
+			if err := k.h.RouteReplace(k.udpRoute(c)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 func (k *KernelPath) udpRoute(c udpClient) *netlink.Route {
 	family, bits := unix.AF_INET, c.client.BitLen()
 	if c.client.Is6() {
