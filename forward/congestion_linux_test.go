@@ -20,14 +20,14 @@ import (
 func paceIn(t *testing.T, ns *netnsutil.NS) (name string) {
 	t.Helper()
 	within(t, ns, func() {
-		b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_available_congestion_control")
+		b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 		require.NoError(t, err)
 		for one := range strings.FieldsSeq(string(b)) {
 			if one != netnsutil.LocalCongestion && name != "bbr" {
 				name = one
 			}
 		}
-		require.NotEmpty(t, name, "the kernel has nothing but %s", netnsutil.LocalCongestion)
+		require.NotEmpty(t, name, "a namespace may have nothing but %s", netnsutil.LocalCongestion)
 		setting := "/proc/sys/net/ipv4/tcp_congestion_control"
 		was, err := os.ReadFile(setting)
 		require.NoError(t, err)
@@ -45,7 +45,7 @@ func congestionIn(t *testing.T, ns *netnsutil.NS, match string) (names []string)
 		out, err := exec.Command("ss", "-HtinO", "state", "established").CombinedOutput()
 		require.NoError(t, err, "%s", out)
 		for line := range strings.Lines(string(out)) {
-			if f := strings.Fields(line); strings.Contains(f[2]+" "+f[3], match) {
+			if f := strings.Fields(line); len(f) > 4 && strings.Contains(f[2]+" "+f[3], match) {
 				names = append(names, f[4])
 			}
 		}
@@ -97,32 +97,36 @@ func holderIn(t *testing.T, ns *netnsutil.NS, addr string) (port uint16) {
 // the helper's of the host's. The network's end keeps the host's.
 func TestLocalConnectionsAreNotPaced(t *testing.T) {
 	remote := newLAN(t)
-	ns := newNS(t)
 	hosts := paceIn(t, nil)
-	paceIn(t, ns)
-	server := holderIn(t, ns, ":0")
 	outside := holderIn(t, remote, ":0")
 	local := holderIn(t, nil, "127.0.0.1:0")
-	rules := append(publishTCP(8080, server), Rule{
-		Proto: TCP, Dir: Out, Ports: PortRange{8081, 8081}, TargetPorts: PortRange{local, local},
-	})
-	start(t, Config{NetNS: ns, Datapath: Kernel, Rules: rules})
-
 	reno := netnsutil.LocalCongestion
-	for _, host := range []string{host4, host6} {
-		hold(t, remote, net.JoinHostPort(host, "8080"))
-		require.Equal(t, []string{reno, reno}, congestionIn(t, ns, remoteOf(host)), "into the container")
-		require.Equal(t, []string{hosts}, congestionIn(t, nil, remoteOf(host)), "the client's")
+	for name, network := range map[string]Network{"a net of its own": {}, "the host's addresses": {CopyHost: true}} {
+		t.Run(name, func(t *testing.T) {
+			ns := newNS(t)
+			paceIn(t, ns)
+			server := holderIn(t, ns, ":0")
+			rules := append(publishTCP(8080, server), Rule{
+				Proto: TCP, Dir: Out, Ports: PortRange{8081, 8081}, TargetPorts: PortRange{local, local},
+			})
+			start(t, Config{NetNS: ns, Datapath: Kernel, Rules: rules, Network: network})
+			for _, host := range []string{host4, host6} {
+				hold(t, remote, net.JoinHostPort(host, "8080"))
+				require.Equal(t, []string{reno, reno}, congestionIn(t, ns, remoteOf(host)), "into the container")
+				require.Equal(t, []string{hosts}, congestionIn(t, nil, remoteOf(host)), "the client's")
+			}
+			for _, addr := range []string{remote4, remote6} {
+				dst := netip.AddrPortFrom(netip.MustParseAddr(addr), outside).String()
+				hold(t, ns, dst)
+				require.Equal(t, []string{reno, reno}, congestionIn(t, ns, dst), "out of the container")
+				require.Equal(t, []string{hosts}, congestionIn(t, nil, dst), "to the outside")
+			}
+			hold(t, ns, "127.0.0.1:8081")
+			require.Contains(t, congestionIn(t, ns, "127.0.0.1:8081 "), reno, "accepted from the container's loopback")
+			there := " " + netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), local).String()
+			require.Contains(t, congestionIn(t, nil, there), reno, "to the host's loopback")
+		})
 	}
-	for _, addr := range []string{remote4, remote6} {
-		dst := netip.AddrPortFrom(netip.MustParseAddr(addr), outside).String()
-		hold(t, ns, dst)
-		require.Equal(t, []string{reno, reno}, congestionIn(t, ns, dst), "out of the container")
-		require.Equal(t, []string{hosts}, congestionIn(t, nil, dst), "to the outside")
-	}
-	hold(t, ns, "127.0.0.1:8081")
-	require.Contains(t, congestionIn(t, ns, "127.0.0.1:8081 "), reno, "accepted from the container's loopback")
-	require.Contains(t, congestionIn(t, nil, " "+netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), local).String()), reno, "to the host's loopback")
 }
 
 // remoteOf is the other host's address of the family of one of this host.

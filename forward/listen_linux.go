@@ -379,7 +379,7 @@ func (l *boundListener) prepare(fd int) error {
 		}
 	}
 	if l.rule.Proto == TCP {
-		if l.rule.Dir == Out || l.rule.Addr.IsLoopback() {
+		if l.rule.Dir == Out || l.rule.Addr.IsLoopback() || l.rule.device() == "lo" {
 			staysLocal(fd)
 		}
 		return prepareTCP(fd)

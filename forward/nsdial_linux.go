@@ -137,7 +137,9 @@ func (d nsDialer) open(is4 bool) (fd int, err error) {
 		unix.Close(fd)
 		return -1, err
 	}
-	staysLocal(fd)
+	if d.mark != 0 { // else it goes where the namespace's routes lead
+		staysLocal(fd)
+	}
 	return fd, nil
 }
 

@@ -414,12 +414,12 @@ func TestKernelRouteGivesAcceptedSocketItsCongestionControl(t *testing.T) {
 			addNowhere(t, h)
 			const setting = "/proc/sys/net/ipv4/tcp_congestion_control"
 			require.NoError(t, ns.Do(func() error {
-				available, err := os.ReadFile("/proc/sys/net/ipv4/tcp_available_congestion_control")
+				allowed, err := os.ReadFile("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
 				if err != nil {
 					return err
 				}
-				others := slices.DeleteFunc(strings.Fields(string(available)), func(s string) bool { return s == LocalCongestion })
-				require.NotEmpty(t, others, "the kernel has nothing but %s", LocalCongestion)
+				others := slices.DeleteFunc(strings.Fields(string(allowed)), func(s string) bool { return s == LocalCongestion })
+				require.NotEmpty(t, others, "a namespace may have nothing but %s", LocalCongestion)
 				return os.WriteFile(setting, []byte(others[0]), 0)
 			}))
 			k, err := ns.OpenKernelPath()

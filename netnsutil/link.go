@@ -25,8 +25,9 @@ type Link struct {
 	// gateways of other routes first. A gateway need not be in one of the
 	// nets of Addrs.
 	Routes []Route
-	// Congestion is the congestion control of the connections that begin by
-	// Routes, whatever their sockets chose before connect(2); "" leaves it to them.
+	// Congestion is the congestion control of the connections by Routes and within
+	// the nets of Addrs, whatever their sockets chose before connect(2); "" leaves it
+	// to them.
 	Congestion string
 	// Down leaves the interface as it is but for MTU, MAC address and queue: it is
 	// for somebody else to configure. Addrs and Routes are of no matter then.

@@ -90,6 +90,9 @@ func configureLink(h *netlink.Handle, link Link) error {
 			return fmt.Errorf("add address %s to interface %s: %w", p, link.Name, err)
 		}
 	}
+	if err := link.congestConnected(h, l.Attrs().Index); err != nil {
+		return err
+	}
 	for _, r := range link.inOrder() {
 		route := &netlink.Route{LinkIndex: l.Attrs().Index, Dst: ipNet(r.Dst), Congctl: link.Congestion}
 		if r.Via.IsValid() {
@@ -107,6 +110,31 @@ func configureLink(h *netlink.Handle, link Link) error {
 	for _, p := range link.Addrs {
 		if p.Addr().Is6() {
 			awaitLocal(h, p.Addr())
+		}
+	}
+	return nil
+}
+
+// congestConnected puts Congestion into the routes that the kernel has made for the
+// nets of the addresses, each for the first address in it.
+func (link Link) congestConnected(h *netlink.Handle, index int) error {
+	if link.Congestion == "" {
+		return nil
+	}
+	var done []netip.Prefix
+	for _, p := range link.addrsInOrder() {
+		if p.IsSingleIP() || slices.Contains(done, p.Masked()) {
+			continue
+		}
+		done = append(done, p.Masked())
+		route := &netlink.Route{LinkIndex: index, Dst: ipNet(p.Masked()), Protocol: unix.RTPROT_KERNEL, Congctl: link.Congestion}
+		if p.Addr().Is4() {
+			route.Scope, route.Src = netlink.SCOPE_LINK, p.Addr().AsSlice()
+		} else {
+			route.Priority = 256 // IP6_RT_PRIO_ADDRCONF
+		}
+		if err := h.RouteReplace(route); err != nil {
+			return fmt.Errorf("set congestion control of the route to %s by interface %s: %w", p.Masked(), link.Name, err)
 		}
 	}
 	return nil
