@@ -94,7 +94,9 @@ func (l *spliceLoop) loop() {
 		l.takeTurns()
 		l.late.expire()
 		l.gather()
-		l.slice.turn()
+		if l.slice.turn(time.Now()) {
+			runtime.Gosched()
+		}
 		if woken && l.runCalls() {
 			return
 		}
@@ -123,12 +125,13 @@ func (l *spliceLoop) gather() {
 	}
 }
 
-// timeSlice ends the time slice of a busy loop before the Go runtime does. A goroutine
-// that has run for 10 ms is one whose processor (P) the runtime's monitor takes as
-// often as it finds it in a system call, where the loop mostly is; and what it has had
-// to do it looks for again after 20 µs, on a thread of its own (retake and sysmon in
-// runtime/proc.go, Go 1.26): thousands of times a second, on the processor that the
-// loop, the client or the server could use (bench, HTTP).
+// timeSlice ends the time slice of a busy loop before the Go runtime does. A processor
+// (P) that has not changed its goroutine for 10 ms is one that the runtime's monitor
+// takes away as often as it finds the goroutine in a system call, where the loop mostly
+// is; and what it has had to do it looks for again after 20 µs, on a thread of its own
+// (retake and sysmon in runtime/proc.go, Go 1.26): thousands of times a second, on the
+// processor that the loop, the client or the server could use (bench, HTTP). To yield
+// costs the wake-ups of two threads, since the loop is locked to its own.
 type timeSlice struct {
 	turns int
 	begun time.Time
@@ -136,26 +139,20 @@ type timeSlice struct {
 
 const (
 	timeSliceMax = 5 * time.Millisecond
-	// busyTurns is how many turns of the loop a slice has at least: who sleeps
-	// that much between them is let alone.
-	busyTurns = 32
+	// busyTurns is how many turns a slice has at least at whose end the loop yields:
+	// one that sleeps between few turns is let alone.
+	busyTurns = 8
 )
 
-// turn is called once a turn of the loop.
-func (s *timeSlice) turn() {
-	if s.turns++; s.turns < busyTurns {
-		return
+// turn is called once a turn of the loop, and reports whether it should yield.
+func (s *timeSlice) turn(now time.Time) (yield bool) {
+	s.turns++
+	if now.Sub(s.begun) < timeSliceMax {
+		return false
 	}
-	now := time.Now()
-	took := now.Sub(s.begun)
-	if took < timeSliceMax {
-		s.turns = 0
-		return
-	}
-	if took < 4*timeSliceMax {
-		runtime.Gosched()
-	}
+	yield = s.turns >= busyTurns
 	*s = timeSlice{begun: now}
+	return yield
 }
 
 // timeout returns how long the loop may sleep, in milliseconds.
