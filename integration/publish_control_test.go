@@ -258,12 +258,16 @@ func TestAutoPublish(t *testing.T) {
 	require.Less(t, took, 500*time.Millisecond)
 	require.False(t, tp.host.listening("tcp", 8081), "the container's loopback is its own")
 
-	// It looks now and then, and does not spin: some 20 ms on a quiet machine.
-	before := cpuTime(t, g.cmd.Process.Pid)
-	time.Sleep(3 * time.Second)
-	used := cpuTime(t, g.cmd.Process.Pid) - before
-	t.Logf("%s of processor time in 3 s", used)
-	require.Less(t, used, 200*time.Millisecond)
+	// It looks now and then, and does not spin: the least of some seconds, since
+	// the machine may be busy.
+	least := time.Second
+	for range 3 {
+		before := cpuTime(t, g.cmd.Process.Pid)
+		time.Sleep(time.Second)
+		least = min(least, cpuTime(t, g.cmd.Process.Pid)-before)
+	}
+	t.Logf("%s of processor time a second", least)
+	require.LessOrEqual(t, least, 20*time.Millisecond)
 }
 
 // cpuTime returns the processor time of a process and its children, in ticks of
