@@ -19,7 +19,8 @@ const captureSnap = 1 << 17
 
 // Capture writes the frames of one forward, or of all traffic if id is 0, to w in
 // pcap format until ctx ends, the Forwarder is closed, or w fails, and returns
-// w's error. It begins with the file's header, which says that frames are caught
+// w's error: nil after the others. Of an id that no forward has it wraps
+// [ErrNoForward], and the errno where it may not listen. It begins with the file's header, which says that frames are caught
 // from now on.
 //
 // They are those that the container's own kernel sees, on the tap and, for the

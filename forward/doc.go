@@ -27,8 +27,8 @@
 // # Threads
 //
 // What wakes for every packet is no goroutine that the runtime wakes: a Forwarder has
-// threads that wait in the kernel themselves, one for the tap, GOMAXPROCS for flows
-// on the kernel path (splicer_linux.go) and two to four for UDP (udpin.go). They
+// threads that wait in the kernel themselves, one for the tap, GOMAXPROCS but at most
+// eight for flows on the kernel path (splicer_linux.go) and two to four for UDP (udpin.go). They
 // sleep unless there is traffic. Whoever embeds many Forwarders counts that many
 // threads for each.
 //

@@ -61,8 +61,10 @@ type Config struct {
 	// HostLoopbackToNSLoopback sends connections from the host's loopback
 	// to the namespace's loopback, with 127.0.0.1 or ::1 as their source.
 	HostLoopbackToNSLoopback bool
-	// InboundOnly is for a namespace that has a network: there is no tap,
-	// Network is of no matter, and what comes in takes the kernel path.
+	// InboundOnly is for a namespace that has a network: there is no tap, and
+	// what comes in takes the kernel path. What is about the tap or about what the
+	// container begins is of no matter then: Allow, Deny, Outbound*, Datapath,
+	// Capture, and of Network all but NoIPv4 and NoIPv6. Multicast is an error.
 	InboundOnly bool
 	// LoopbackOnly forwards between the loopbacks alone, and clients there see
 	// 127.0.0.1 or ::1: there is no tap, and Network is of no matter. What comes
@@ -123,7 +125,9 @@ type Forwarder struct {
 }
 
 // Start brings up everything that cfg asks for, or nothing. ctx bounds only the
-// start.
+// start; the caller closes the Forwarder. An error about a rule is an [*Error], or
+// says what is wrong with it; others wrap the errno of what is not to be had, and
+// [Hint] says what to do about it.
 //
 // The order is such that nothing is reachable before all of it works: tap,
 // addresses, stack, listeners, and then the first connection is accepted.

@@ -11,8 +11,9 @@ import (
 	"time"
 )
 
-// Limits bound what one forward carries. The zero value is no limit. Connections
-// over a limit are reset, and counted as [Traffic].Refused.
+// Limits bound what one forward carries. The zero value is no limit. MaxConns, Rate
+// and Idle are for TCP alone. New connections that a limit or a prefix is against are
+// reset, and counted as [Traffic].Refused.
 type Limits struct {
 	// MaxConns is how many connections may be open at once; 0 is any number.
 	MaxConns int `json:"max_conns,omitempty"`

@@ -169,7 +169,7 @@ type Rule struct {
 	// leads to; "" leads to Target.
 	TargetSocket string `json:"target_socket,omitempty"`
 	// Share lets other rules with Share have the same port. Clients are led
-	// to them in turn, and a connection of TCP that one takes not goes to the
+	// to them in turn, and a TCP connection that one does not take goes to the
 	// next; with other instances of the same user the port is shared by
 	// SO_REUSEPORT, and the kernel spreads the clients over them.
 	Share bool `json:"share,omitempty"`

@@ -191,7 +191,8 @@ func (r *TCPRequest) decide(a answer) ([]byte, error) {
 // Release gives the SYN back to the container's own kernel, by writing the frame
 // into the device with its two MAC addresses swapped and nothing else changed:
 // for the kernel path, where a transparent listener in the namespace takes it.
-// So are its retransmissions, until Done.
+// So are its retransmissions, until Done. The error wraps [net.ErrClosed] where the
+// request has ended.
 func (r *TCPRequest) Release() error {
 	ip, err := r.decide(toKernel)
 	if err != nil {
@@ -255,7 +256,8 @@ func (e *endpoint) writeReset(p *packet) error {
 }
 
 // Accept lets gVisor complete the handshake, and returns the connection once
-// the container has acknowledged it.
+// the container has acknowledged it; the caller closes it. The error is ctx's, or
+// wraps [net.ErrClosed] where the request or the stack has ended.
 func (r *TCPRequest) Accept(ctx context.Context) (*Conn, error) {
 	defer r.Done()
 	h := r.holder

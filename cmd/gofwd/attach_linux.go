@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/gofwd/gofwd/forward"
 	"github.com/gofwd/gofwd/netnsutil"
 )
 
@@ -52,6 +53,8 @@ and leaves the namespace as it was.`,
 				err = errors.New("--follow and --exit-fd exclude each other")
 			case o.pid < 0:
 				err = fmt.Errorf("--pid %d: not a process id", o.pid)
+			case o.config.InboundOnly:
+				err = o.refuseTapOptions(cmd.Flags())
 			default:
 				err = o.refuseForeignDNS()
 			}
@@ -69,9 +72,27 @@ and leaves the namespace as it was.`,
 	own.IntVar(&o.pid, "pid", 0, "`PID`: that of a process")
 	own.StringVar(&o.container, "container", "", "`NAME|ID`: that of a container that Podman runs")
 	own.BoolVar(&o.follow, "follow", false, "attach again whenever that container starts again")
-	own.BoolVar(&o.config.InboundOnly, "inbound-only", false, "the namespace has a network, as that of a container on a bridge: publish ports, and leave the rest alone")
+	own.BoolVar(&o.config.InboundOnly, "inbound-only", false, "the namespace has a network, as that of a container on a bridge: publish ports, and leave the rest alone; excludes what is about the rest, such as --deny")
 	o.addTo(cmd, own)
 	return cmd
+}
+
+// refuseTapOptions refuses, with --inbound-only, what is about the tap or about what the
+// container begins.
+func (o *options) refuseTapOptions(flags *pflag.FlagSet) error {
+	const why = "exclude each other: the container's network is its own, and there is no tap"
+	for _, name := range []string{
+		"address", "gateway", "dns", "dns-forward", "config-net", "ifname", "mtu", "host-alias", "map-host-loopback",
+		"outbound", "outbound-if4", "outbound-if6", "allow", "deny", "pcap",
+	} {
+		if flags.Changed(name) {
+			return fmt.Errorf("--inbound-only and --%s %s", name, why)
+		}
+	}
+	if o.config.Datapath == forward.Tap {
+		return fmt.Errorf("--inbound-only and --datapath tap %s", why)
+	}
+	return nil
 }
 
 // refuseForeignDNS refuses nameservers that are not ours: attach writes no

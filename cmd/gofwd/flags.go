@@ -142,7 +142,7 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 
 	process := pflag.NewFlagSet("", pflag.ContinueOnError)
 	process.StringVar(&o.name, "name", "", "`NAME`: what gofwd status calls this instance (default after the command or the namespace)")
-	process.StringVar(&o.configFile, "config", "", "`FILE`: read options from a TOML file too, by their long names: publish = [\"8080:80\"]; ports in it are read anew on SIGHUP and by gofwd reload")
+	process.StringVar(&o.configFile, "config", "", "`FILE`: read options from a TOML file too, by their long names: publish = [\"8080:80\"]; the command line wins, and adds to those that may be given several times; ports in it are read anew on SIGHUP and by gofwd reload")
 	process.BoolVar(&o.detach, "detach", false, "go to the background, and return when ready")
 	process.StringVar(&o.pidFile, "pid-file", "", "`FILE`: write the process id to it when ready, and remove it at the end")
 	process.IntVar(&o.readyFD, "ready-fd", -1, "`FD`: write 1 to this descriptor when ready, and close it")

@@ -38,7 +38,7 @@ createRuntime hook, and attach to its network namespace with the ports of its
 annotation ` + publishAnnotation + `. The container does not start if that fails; the
 reason is in hook.log in gofwd's runtime directory ($XDG_RUNTIME_DIR/gofwd), since
 the runtime throws away what a hook prints.`,
-		Example: `  podman --hooks-dir /usr/share/gofwd/hooks.d run --network=none \
+		Example: `  podman --hooks-dir /usr/local/share/gofwd/hooks.d run --network=none \
     --annotation gofwd.publish="8080:80 5353:53/udp" docker.io/library/nginx`,
 		Args: noArgs,
 		RunE: func(_ *cobra.Command, _ []string) error {

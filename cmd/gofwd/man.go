@@ -50,7 +50,7 @@ func manPage(root *cobra.Command) string {
 		}
 	}
 	m.macro("SH", "PORT RULES")
-	m.line("Besides addresses and ports, --publish takes as the host's side:")
+	m.line("Besides addresses and ports, a rule may have as the host's side:")
 	for _, r := range hostSides {
 		m.item(r[0], r[1])
 	}
@@ -64,7 +64,7 @@ func manPage(root *cobra.Command) string {
 		m.item(e[0], e[1])
 	}
 	m.macro("SH", "FILES")
-	m.item("$XDG_RUNTIME_DIR/gofwd/NAME.sock", "the control socket of an instance; /run/gofwd/NAME.sock for root, /tmp/gofwd-UID/NAME.sock where there is neither.")
+	m.item("$XDG_RUNTIME_DIR/gofwd/NAME.sock", "the control socket of an instance; /run/gofwd/NAME.sock for root, $TMPDIR/gofwd-UID/NAME.sock (/tmp) for users without $XDG_RUNTIME_DIR. hook.log beside it says why gofwd hook failed.")
 	m.macro("SH", "SEE ALSO")
 	m.line("pasta(1), podman-run(1), user_namespaces(7), network_namespaces(7)")
 	return m.String()
@@ -83,19 +83,21 @@ func verbs(cmd *cobra.Command) (all []*cobra.Command) {
 var hostSides = [][2]string{
 	{"systemd:NAME:PORT", "the sockets of that name which systemd passed (FileDescriptorName=, systemd.socket(5)), also below 1024."},
 	{"unix:PATH:PORT", "a UNIX socket, which is made."},
+	{"PORT:unix:PATH", "with -T: the container's port PORT leads to a UNIX socket of the host."},
 }
 
 var ruleOptions = [][2]string{
-	{"max=N", "so many connections at once."},
-	{"rate=N", "so many new connections a second."},
-	{"idle=DURATION", "connections that moved no byte for so long are reset."},
+	{"max=N", "so many TCP connections at once."},
+	{"rate=N", "so many new TCP connections a second."},
+	{"idle=DURATION", "TCP connections that moved no byte for so long are reset."},
 	{"allow=PREFIX+...", "clients that may connect, and no others."},
 	{"deny=PREFIX+...", "clients that may not."},
-	{"proxy=v2", "tell the server its client by the PROXY protocol."},
+	{"proxy=v2", "tell the TCP server its client by the PROXY protocol."},
 	{"share", "rules with it may have the same port. Those of one instance take turns, and one that takes no connection is passed over; among several instances the kernel chooses (SO_REUSEPORT)."},
 	{"auto", "published only while the container listens."},
 	{"wait", "published when the address or the interface is there."},
 	{"weak", "a port that is taken is left out."},
+	{"out", "from the container's loopback to the host's, as -T and -U make it."},
 }
 
 var exitStatuses = [][2]string{

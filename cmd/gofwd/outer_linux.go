@@ -275,6 +275,17 @@ func (in *inside) waitProcess(proc *os.Process) {
 	in.done <- err
 }
 
+// isToldBy reports whether a signal tells us to end.
+func (o *options) isToldBy(s os.Signal) bool {
+	switch s {
+	case unix.SIGUSR1, unix.SIGUSR2:
+		return false
+	case unix.SIGHUP: // see reloadOnHangup
+		return o.configFile == ""
+	}
+	return true
+}
+
 // supervise passes signals on, makes readiness known, and returns how inner
 // ended. gone, if not nil, ends inner too.
 func (u *outer) supervise(in *inside, gone <-chan struct{}) error {
@@ -294,7 +305,7 @@ func (u *outer) supervise(in *inside, gone <-chan struct{}) error {
 	for running := true; running || messages != nil; {
 		select {
 		case s := <-signals:
-			u.opts.told = u.opts.told || s != unix.SIGUSR1 && s != unix.SIGUSR2
+			u.opts.told = u.opts.told || u.opts.isToldBy(s)
 			in.send(s)
 		case m, ok := <-messages:
 			switch {

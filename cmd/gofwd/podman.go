@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/gofwd/gofwd/netnsutil"
@@ -93,6 +95,12 @@ const followInterval = 250 * time.Millisecond
 func (o *options) attachContainer(ctx context.Context) error {
 	if o.detach && o.detachedFD < 0 {
 		return o.goBackground(os.Args)
+	}
+	if o.configFile != "" {
+		// While the container is down there is nothing to reload, and no reason to end.
+		hangups := make(chan os.Signal, 1)
+		signal.Notify(hangups, syscall.SIGHUP)
+		defer signal.Stop(hangups)
 	}
 	for first := true; ; first = false {
 		pid, err := containerPID(ctx, o.container)

@@ -78,10 +78,11 @@ that is published already stays as it is.`,
 
 func (o *portsOptions) remove() *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "rm [--drain TIME] [--name NAME] ID|PORT...",
+		Use:   "rm [--drain TIME] [--json] [--name NAME] ID|PORT...",
 		Short: "end forwards",
-		Long: `End forwards, all of them or none. ID is that of ports list; PORT is one as it was
-published, and has a colon or a slash.`,
+		Long: `End forwards, all of them or none. ID is that of ports list; PORT is a forward as
+that shows it, such as 8080:80/tcp or 5432:5432/tcp,out, and has a colon or a
+slash.`,
 		Example:           "  gofwd ports rm --drain 30s 8080:80",
 		Args:              someArgs("ID or PORT"),
 		ValidArgsFunction: o.completeIDs,

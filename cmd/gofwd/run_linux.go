@@ -19,10 +19,10 @@ func newRunCommand() *cobra.Command {
 		Long: `Run COMMAND, or $SHELL, as root of a new user namespace and in a new network
 namespace, which gofwd connects to the world and publishes ports of.
 
-Its exit status is that of COMMAND, signals are passed on, and everything ends
-with it. /etc/resolv.conf is replaced for COMMAND alone.`,
-		Example: `  gofwd run -p 8080:80 -- nginx -g 'daemon off;'
-  gofwd run -p 127.0.0.1:5353:53/udp -p %eth0:443:8443 -- ./server
+Its exit status is that of COMMAND, signals are passed on (not SIGHUP with --config,
+which reloads that), and everything ends with it. /etc/resolv.conf is replaced for COMMAND alone.`,
+		Example: `  gofwd run -p 8080:80 -- python3 -m http.server 80
+  gofwd run -p 127.0.0.1:5353:53/udp -p %eth0:8443:443 -- ./server
   gofwd run`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := o.loadConfig(cmd.Flags()); err != nil {

@@ -29,7 +29,7 @@ type metric struct {
 var metrics = []metric{
 	{"gofwd_flows_active", "gauge", "Open TCP connections and UDP flows.", func(t forward.Traffic) int64 { return t.Active }},
 	{"gofwd_flows_total", "counter", "TCP connections and UDP flows there were.", func(t forward.Traffic) int64 { return t.Total }},
-	{"gofwd_flows_refused_total", "counter", "Those that a limit of their forward refused.", func(t forward.Traffic) int64 { return t.Refused }},
+	{"gofwd_flows_refused_total", "counter", "Those refused by a limit of their forward, or for want of descriptors.", func(t forward.Traffic) int64 { return t.Refused }},
 	{"gofwd_in_bytes_total", "counter", "Payload into the namespace.", func(t forward.Traffic) int64 { return t.BytesIn }},
 	{"gofwd_out_bytes_total", "counter", "Payload out of the namespace.", func(t forward.Traffic) int64 { return t.BytesOut }},
 }
