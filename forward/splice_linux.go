@@ -20,6 +20,7 @@ type splicedHalf struct {
 	bulk     bool // the last read filled the buffer
 	fills    int  // how often in a row a small pipe was filled
 	hup      bool // src has sent, or lost, its last byte (EPOLLRDHUP)
+	urgent   bool // src has sent urgent data (EPOLLPRI)
 	last     bool // the other direction is done: close(2) will tell dst
 	eof      bool // and it was read
 	done     bool // and dst was told
@@ -92,9 +93,10 @@ func (h *splicedHalf) step(pipes *pipePool, buf []byte) (waits, *spliceError) {
 			return 0, &spliceError{err, true}
 		}
 		return waitsNone, nil
-	case h.bulk:
+	case h.bulk && !h.urgent:
 		return h.fill(pipes)
 	}
+	h.release(pipes) // which is empty, and was for bulk
 	return h.copy(buf)
 }
 
@@ -115,9 +117,10 @@ func (h *splicedHalf) copy(buf []byte) (waits, *spliceError) {
 		h.rest = append([]byte(nil), buf[m:n]...)
 		return waitsWrite, unlessAgain(err, true)
 	}
-	if !h.bulk && !h.hup {
+	if !h.bulk && !h.hup && !h.urgent {
 		// Nothing is left: with edge-triggered events a short read is as
-		// good as EAGAIN (epoll(7), question 9), but for a FIN.
+		// good as EAGAIN (epoll(7), question 9), but for a FIN, and before urgent
+		// data, at which splice(2) stops for ever (tcp(7); telnet and FTP send it).
 		return waitsRead, nil
 	}
 	return 0, nil

@@ -79,10 +79,13 @@ func (f *splicedFlow) ready(l *spliceLoop, side int, events uint32) {
 	if events&(unix.EPOLLRDHUP|gone) != 0 {
 		f.halves[side].hup = true
 	}
+	if events&unix.EPOLLPRI != 0 {
+		f.halves[side].urgent = true
+	}
 	if events&(unix.EPOLLOUT|gone) != 0 && f.wait[1-side] == waitsWrite {
 		f.advance(l, 1-side)
 	}
-	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|gone) != 0 && f.wait[side] == waitsRead && !f.dead {
+	if events&(unix.EPOLLIN|unix.EPOLLPRI|unix.EPOLLRDHUP|gone) != 0 && f.wait[side] == waitsRead && !f.dead {
 		f.advance(l, side)
 	}
 	// A RST that nobody reads or writes into.
@@ -118,7 +121,7 @@ func (f *splicedFlow) advance(l *spliceLoop, side int) {
 	}
 	f.wait[side] = w
 	f.advances++
-	lasts := h.fills == fillsForBulk || f.advances == advancesToLast
+	lasts := h.fills >= fillsForBulk || f.advances == advancesToLast
 	if (w == waitsTurn || lasts && !f.settled) && !f.queued {
 		f.queued = true
 		l.turns = append(l.turns, f)

@@ -282,7 +282,7 @@ func (l *spliceLoop) passSlot(slot int32, to watched) {
 
 // socketEvents are what is watched for on the sockets of flows. EPOLLERR and
 // EPOLLHUP come in any case.
-const socketEvents = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET&(1<<32-1)
+const socketEvents = unix.EPOLLIN | unix.EPOLLPRI | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET&(1<<32-1)
 
 // watch adds fd to the epoll set. close(2) removes it, if nobody else has the socket.
 func (l *spliceLoop) watch(fd int, events uint32, slot int32, tag int) error {

@@ -225,6 +225,52 @@ func TestSplicerPipesAreRationed(t *testing.T) {
 	}, 5*time.Second, 10*time.Millisecond)
 }
 
+// A flow that waits for its ends holds no pipe, whatever it has moved before.
+func TestSplicerIdleFlowHoldsNoPipe(t *testing.T) {
+	s := newTestSplicer(t)
+	outside, inside, _, _ := splicedPair(t, s, 0)
+	inside.SetDeadline(time.Now().Add(10 * time.Second))
+	for _, size := range []int{20000, 4 << 20, 100, 20000} {
+		var wg sync.WaitGroup
+		wg.Go(func() { _, _ = outside.Write(make([]byte, size)) })
+		_, err := io.ReadFull(inside, make([]byte, size))
+		wg.Wait()
+		require.NoError(t, err)
+		require.Eventually(t, func() bool {
+			p := &s.pipes
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return p.pages == len(p.free)*pipePages+len(p.bulk)*pipePagesBulk
+		}, 5*time.Second, time.Millisecond, "after %d bytes", size)
+	}
+}
+
+// Neither read(2) nor splice(2) goes beyond urgent data at once: a short read before
+// it does not say that nothing is left. The urgent byte itself is lost, as with every
+// relay that does not ask for it.
+func TestSplicerGoesOnAfterUrgentData(t *testing.T) {
+	s := newTestSplicer(t)
+	for _, size := range []int{3, 1 << 20} {
+		outside, inside, _, _ := splicedPair(t, s, 0)
+		inside.SetDeadline(time.Now().Add(10 * time.Second))
+		part := pattern(size)
+		fd, err := duplicate(outside)
+		require.NoError(t, err)
+		defer unix.Close(fd)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			_, _ = outside.Write(part)
+			_ = unix.Sendto(fd, []byte("!"), unix.MSG_OOB, nil)
+			_, _ = outside.Write(part)
+		})
+		got := make([]byte, 2*size)
+		_, err = io.ReadFull(inside, got)
+		require.NoError(t, err, "of %d", size)
+		require.Equal(t, append(part, part...), got)
+		wg.Wait()
+	}
+}
+
 // An accepted socket inherits the listener's options, so that none has to be set
 // for each connection.
 func TestKernelAcceptedSocketInheritsOptions(t *testing.T) {
