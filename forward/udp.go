@@ -106,6 +106,7 @@ type udpEngine struct {
 	cfg     udpConfig // immutable, defaults filled in
 	log     *slog.Logger
 	workers []*udpWorker
+	began   time.Time
 	segment bool       // UDP_SEGMENT may be used
 	groups  *udpGroups // nil without
 	done    chan struct{}
@@ -175,6 +176,7 @@ func newUDPEngine(cfg udpConfig) (*udpEngine, error) {
 	e := &udpEngine{
 		cfg:       cfg,
 		log:       cfg.Logger,
+		began:     cfg.Now(),
 		segment:   segmentWorks(kernelRelease()),
 		done:      make(chan struct{}),
 		busy:      make(chan struct{}, 1),
@@ -456,7 +458,8 @@ func (e *udpEngine) reportSilence(f *flow) {
 	}
 }
 
-func (e *udpEngine) now() int64 { return e.cfg.Now().Unix() }
+// now is the engine's clock, in seconds. The host's may be set meanwhile.
+func (e *udpEngine) now() int64 { return int64(e.cfg.Now().Sub(e.began)/time.Second) + 1 }
 
 // expireLoop moves the clock and removes what was idle for too long, as long as
 // there are flows; an engine without any uses no processor time.

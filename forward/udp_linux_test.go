@@ -160,6 +160,29 @@ func (u *udpTest) publish(addr string, rule Rule, port uint16) (netip.AddrPort, 
 	return netip.AddrPortFrom(bound.Addr().Unmap(), bound.Port()), r
 }
 
+// An error of a destination that has another name in the container is told by that
+// name: from a loopback address the container's kernel would not believe it.
+func TestUDPErrorOfATranslatedDestination(t *testing.T) {
+	for _, to := range []string{"127.0.0.1:0", "[::1]:0"} {
+		conn := listenUDP(t, to)
+		closed := addrOf(conn)
+		conn.Close()
+		peer := netip.MustParseAddrPort("192.0.2.53:53")
+		if closed.Addr().Is6() {
+			peer = netip.MustParseAddrPort("[2001:db8::53]:53")
+		}
+		u := newUDPTest(t, func(c *udpConfig) {
+			c.Destination = func(netip.AddrPort) (netip.AddrPort, error) { return closed, nil }
+		})
+		src := netip.AddrPortFrom(u.cfg.Guest(peer.Addr().Is4()), 5555)
+		u.fromNamespace(&stack.Datagram{Src: src, Dst: peer, TTL: 64, Payload: []byte("question")})
+		e := next(t, u.tap.errs)
+		require.Equal(t, src, e.src)
+		require.Equal(t, peer, e.dst)
+		require.False(t, e.icmp.From.IsValid(), "%s", e.icmp.From)
+	}
+}
+
 func listenUDP(t testing.TB, addr string) *net.UDPConn {
 	t.Helper()
 	conn, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.MustParseAddrPort(addr)))
@@ -461,9 +484,9 @@ func TestUDPDestinationMoves(t *testing.T) {
 func TestUDPErrorQueue(t *testing.T) {
 	families(t, func(t *testing.T, lo, guest netip.Addr) {
 		u := newUDPTest(t, nil)
-		refused := stack.ICMPError{Type: 3, Code: 3, From: lo}
+		refused := stack.ICMPError{Type: 3, Code: 3} // from the destination
 		if lo.Is6() {
-			refused = stack.ICMPError{Type: 1, Code: 4, From: lo}
+			refused = stack.ICMPError{Type: 1, Code: 4}
 		}
 		server := listenUDP(t, netip.AddrPortFrom(lo, 0).String())
 		closed := listenUDP(t, netip.AddrPortFrom(lo, 0).String())

@@ -166,7 +166,7 @@ func (b *sendBatch) add(f *flow, end *flowEnd, opt sendOptions, pin bool, payloa
 func (b *sendBatch) join(payload []byte) bool {
 	m := &b.meta[b.n-1]
 	size := len(payload)
-	if m.closed || m.lone || size == 0 || size > m.segment || m.count == maxSegments ||
+	if m.closed || m.lone || size == 0 || size > m.segment || m.count >= maxSegments ||
 		m.size+size > maxPayload || b.used+size > len(b.arena) {
 		return false
 	}

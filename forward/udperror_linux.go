@@ -167,8 +167,12 @@ func (w *udpWorker) report(s *udpSocket, ee unix.SockExtendedErr, from netip.Add
 	if !ok {
 		return
 	}
-	if from.Is4() == f.guest.Addr().Is4() && !from.IsUnspecified() {
-		icmp.From = from.WithZone("")
+	// Where it is the destination that reports, the container knows that by another
+	// name, perhaps: the zero Addr says so. From a loopback it would believe nothing.
+	from = from.WithZone("")
+	if from != w.err.name.addrPort().Addr().WithZone("") && !from.IsLoopback() && !from.IsUnspecified() &&
+		from.Is4() == f.guest.Addr().Is4() {
+		icmp.From = from
 	}
 	w.err.d = stack.Datagram{Src: f.guest, Dst: f.peer, Payload: quoted}
 	_ = w.engine.cfg.Stack.WriteUDPError(&w.err.d, icmp)

@@ -152,18 +152,26 @@ func (u *udpGroups) zone(sender netip.Addr) string {
 func (w *udpWorker) hear(s *udpSocket, from *sockaddr, payload []byte) {
 	u, sender := w.engine.groups, from.addrPort()
 	to := netip.AddrPortFrom(s.joined.Addr, s.port)
-	if u.isEcho(sender.Addr(), to, payload) {
-		return
-	}
 	if a := sender.Addr(); a.Is6() && a.IsLinkLocalUnicast() {
 		u.learn(a, from.scope())
 	}
-	w.heard = stack.Datagram{
-		Src: w.engine.cfg.Source(sender, to.Addr()), Dst: to,
-		TTL: w.opt.ttl, TOS: w.opt.tos, Payload: payload,
+	w.heard = stack.Datagram{Src: w.engine.cfg.Source(sender, to.Addr()), Dst: to, TTL: w.opt.ttl, TOS: w.opt.tos}
+	for {
+		// Several in one: network cards join them, and the kernel returns to us in
+		// one piece what we have sent so.
+		n := len(payload)
+		if w.opt.segment > 0 {
+			n = min(n, w.opt.segment)
+		}
+		w.heard.Payload, payload = payload[:n], payload[n:]
+		if !u.isEcho(sender.Addr(), to, w.heard.Payload) {
+			_ = w.engine.cfg.Stack.WriteUDP(&w.heard) // the stack counts its errors
+			w.engine.cfg.Outbound.bytesIn.Add(int64(n))
+		}
+		if len(payload) == 0 {
+			break
+		}
 	}
-	_ = w.engine.cfg.Stack.WriteUDP(&w.heard) // the stack counts its errors
-	w.engine.cfg.Outbound.bytesIn.Add(int64(len(payload)))
 	w.heard = stack.Datagram{}
 }
 

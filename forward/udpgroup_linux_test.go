@@ -71,6 +71,16 @@ func TestUDPGroupSharesItsPort(t *testing.T) {
 			require.NoError(t, err)
 			require.Equal(t, "hear", string(buf[:n]))
 
+			// Several in one message (UDP_SEGMENT), which comes back in one piece.
+			require.NoError(t, unix.SetsockoptInt(fd, unix.SOL_UDP, unix.UDP_SEGMENT, 4))
+			require.NoError(t, unix.Sendto(fd, []byte("hearhere!"), 0, toSockaddr(to)))
+			for _, want := range []string{"hear", "here", "!"} {
+				require.Equal(t, want, u.recv().payload)
+				n, err := unix.Read(fd, buf)
+				require.NoError(t, err)
+				require.Equal(t, want, string(buf[:n]))
+			}
+
 			// The container's, from that port, leave by the same socket.
 			guest := u.cfg.Guest(group.Is4())
 			u.fromNamespace(&stack.Datagram{Src: netip.AddrPortFrom(guest, bound.Port()), Dst: to, TTL: 1, Payload: []byte("answer")})

@@ -159,7 +159,7 @@ func (e *udpEngine) acceptLocked(s *udpSocket, from *sockaddr) *flow {
 	case s.listens() && s.inside:
 		f = e.acceptInsideLocked(s, client, from)
 	case s.listens():
-		f = e.acceptClientLocked(s, client)
+		f = e.acceptClientLocked(s, client, from)
 	case s.group.Load() && s.binding != nil:
 		// An answer to a multicast comes from whoever has one.
 		guest := s.binding.guest
@@ -179,9 +179,9 @@ func (e *udpEngine) acceptLocked(s *udpSocket, from *sockaddr) *flow {
 }
 
 // acceptClientLocked begins a flow from a client of a published port. It unlocks
-// e.mu while a socket is made in the namespace; only the worker of s accepts on s,
-// so nobody else begins the same flow.
-func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort) *flow {
+// e.mu while a socket is made in the namespace. Meanwhile the rule may end, and the
+// container speak to that client by s.
+func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort, from *sockaddr) *flow {
 	to, ok := s.choose(client.Addr())
 	if !ok {
 		return nil
@@ -200,10 +200,7 @@ func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort) *flo
 	e.mu.Unlock()
 	conn, err := e.cfg.Inside(f.peer, guest)
 	e.mu.Lock()
-	if err == nil && conn == nil {
-		return f
-	}
-	if err == nil {
+	if err == nil && conn != nil {
 		if f.inside, err = e.adoptInsideLocked(conn, guest); err != nil {
 			e.released(f)
 		}
@@ -212,9 +209,11 @@ func (e *udpEngine) acceptClientLocked(s *udpSocket, client netip.AddrPort) *flo
 		e.log.Debug("no socket in the namespace", "client", client, "target", guest, "err", err)
 		return nil
 	}
-	if e.sockets[s.id] != s || !s.ofRule(to.rule) { // unlisten came in between
-		e.closeSocketLocked(f.inside.sock)
-		e.released(f)
+	if e.closed || e.sockets[s.id] != s || !s.ofRule(to.rule) || e.flows.bySock[sockKey{s.id, *from}] != nil {
+		if f.inside.sock != nil {
+			e.closeSocketLocked(f.inside.sock)
+			e.released(f)
+		}
 		return nil
 	}
 	return f

@@ -269,13 +269,14 @@ func again(err syscall.Errno, try int) bool {
 func sendWhole(b *sendBatch, i, end int) (int, syscall.Errno) {
 	s, m := b.sock, &b.meta[i]
 	n, err := b.send(i, end)
+	broadcast := false
 	for try := 0; again(err, try); try++ {
 		// If the datagram is too long, the error queue says so, over IPv4
 		// without the destination's port (ip_local_error in
 		// __ip_append_data). It can be read before we are here, but then it
 		// will be said again.
 		s.tooLong.Store(m.flow)
-		broadcast := err == syscall.EACCES && b.names[i].v4() && s.allowBroadcast()
+		broadcast = broadcast || err == syscall.EACCES && b.names[i].v4() && s.allowBroadcast()
 		if n, err = b.send(i, end); err == 0 && broadcast {
 			s.group.Store(true)
 		}
