@@ -77,6 +77,10 @@ type acceptResult struct {
 	err  error
 }
 
+// maxHeldSYN is the longest SYN that is held, with its headers and the data of TCP
+// Fast Open, unless the MTU is greater.
+const maxHeldSYN = 4096
+
 // handle takes a SYN from the reading goroutine. It returns false if the SYN is
 // gVisor's.
 func (h *synHolder) handle(p *packet, ip []byte) bool {
@@ -99,7 +103,7 @@ func (h *synHolder) hold(p *packet, ip []byte) (kept bool, _ *TCPRequest) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if r := h.held[key]; r != nil {
-		if r.seq == seq {
+		if r.seq == seq && len(ip) <= max(maxHeldSYN, h.stack.ep.mtu) {
 			return h.retransmittedLocked(r, ip), nil
 		}
 		// The container gave up and reuses its port; what was dialled
@@ -108,7 +112,8 @@ func (h *synHolder) hold(p *packet, ip []byte) (kept bool, _ *TCPRequest) {
 	} else if h.stack.established(key) {
 		return false, nil
 	}
-	if !h.makeRoomLocked() || h.ctx.Err() != nil {
+	// A segment put together of fragments may be of 64 KiB.
+	if len(ip) > max(maxHeldSYN, h.stack.ep.mtu) || !h.makeRoomLocked() || h.ctx.Err() != nil {
 		h.stack.stats.synDrop.Add(1)
 		return true, nil
 	}
