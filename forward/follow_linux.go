@@ -268,6 +268,7 @@ func (s *ruleSet) listenPort(r *activeRule, port uint16) *Error {
 	r.forget(port)
 	b := binding{rule: r.rule, listeners: listeners}
 	if err := s.listenUDP([]*activeRule{r}, []binding{b}); err != nil {
+		s.udp.unlistenPort(r, port)
 		return &Error{Op: "watch", Rule: r.rule, Err: err}
 	}
 	r.bind(b)

@@ -263,6 +263,10 @@ func (c *heldSYN) refuse(err error) {
 // release gives the SYN back to the container's kernel. Over loopback the
 // handshake is done before that returns, as a rule.
 func (c *heldSYN) release(l *spliceLoop) {
+	if c.r.Context().Err() != nil { // a newer SYN has its ports
+		c.drop(l)
+		return
+	}
 	h := c.h
 	if old := h.released[c.key()]; old != nil { // the container has reused its port before we noticed
 		old.drop(l)

@@ -43,18 +43,18 @@ type connecter interface {
 // others that it has.
 const acceptBatch = 32
 
-// newAcceptor takes a listener over.
+// newAcceptor takes a listener over, unless there is an error.
 func newAcceptor(e *tcpEngine, ln *net.TCPListener, to *atomic.Pointer[tcpTargets]) (*acceptor, error) {
 	fd, err := duplicate(ln)
 	if err != nil {
 		return nil, err
 	}
-	ln.Close() // out of the Go runtime's poller
 	a := &acceptor{listenFD: listenFD{fd: fd}, e: e, to: to, addr: ln.Addr()}
 	if err := a.enter(e.splicer.pick(), a); err != nil {
 		unix.Close(fd)
 		return nil, err
 	}
+	ln.Close() // out of the Go runtime's poller
 	return a, nil
 }
 
@@ -345,6 +345,10 @@ func (e *tcpEngine) serveLeft(to *tcpTarget, left tcpTurns, fd int, detour time.
 	defer e.wg.Done()
 	file := os.NewFile(uintptr(fd), "tcp")
 	c, err := net.FileConn(file)
+	if err != nil { // no descriptors: RST, as for those that were not accepted
+		_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+		to.rule.refused.Add(1)
+	}
 	file.Close()
 	if err != nil {
 		to.rule.end()

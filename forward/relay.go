@@ -16,7 +16,7 @@ import (
 // on the namespace's. What one end says, the other hears:
 //
 //	FIN      the other end's write side is shut; the other direction goes on
-//	RST      the other end is reset, whatever either direction was doing
+//	RST      the other end is reset, unless both directions wait for it to read
 //	silence  keepalive of the host's socket ends it as if by RST
 //
 // Each direction is a goroutine, and copies with the best means that its two

@@ -303,7 +303,13 @@ func (s *ruleSet) bind(p *plan, sockets []Socket) error {
 	}
 	bindings, err := b.bindAll(rules)
 	if err == nil {
-		err = s.listenUDP(fresh, bindings)
+		if err = s.listenUDP(fresh, bindings); err != nil {
+			for _, r := range fresh {
+				if r.rule.Proto == UDP {
+					s.udp.unlisten(r)
+				}
+			}
+		}
 	}
 	if err != nil {
 		for _, old := range p.leave {
@@ -323,7 +329,8 @@ func (s *ruleSet) groupRoom(r Rule) bool {
 	return r.Proto == UDP && r.Dir == In && s.udp != nil && s.udp.groups.usesPort(r.Ports.First)
 }
 
-// listenUDP puts the UDP sockets to work. If one can't be, all sockets are closed.
+// listenUDP puts the UDP sockets to work. If one can't be, all sockets are closed,
+// and the caller takes back what is published.
 func (s *ruleSet) listenUDP(rules []*activeRule, bindings []binding) (err error) {
 	for i, b := range bindings {
 		for _, l := range b.listeners {
@@ -335,11 +342,8 @@ func (s *ruleSet) listenUDP(rules []*activeRule, bindings []binding) (err error)
 	if err == nil {
 		return nil
 	}
-	for i, b := range bindings {
+	for _, b := range bindings {
 		closeAll(b.listeners)
-		if rules[i].rule.Proto == UDP {
-			s.udp.unlisten(rules[i])
-		}
 	}
 	return err
 }

@@ -330,8 +330,9 @@ func (e *tcpEngine) relay(r *relay, log *slog.Logger) {
 	e.mu.Lock()
 	delete(e.relays, r)
 	e.mu.Unlock()
-	r.flow.BytesIn, r.flow.BytesOut = r.in, r.out
-	e.events.flow(FlowClosed, r.flow)
+	closed := r.flow // which others may be reading, see flows
+	closed.BytesIn, closed.BytesOut = r.in, r.out
+	e.events.flow(FlowClosed, closed)
 	log.Debug("connection ended", "in", r.in, "out", r.out, "duration", time.Since(r.flow.Started).Round(time.Millisecond), "how", r.ending)
 }
 
