@@ -64,6 +64,11 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if c := connOf(r.Context()); c != nil {
 		c.setBusy(true)
 		defer c.setBusy(false)
+		defer func() { // what this request did not name is not the next one's
+			for _, f := range c.takeFiles() {
+				f.Close()
+			}
+		}()
 	}
 	h.mux.ServeHTTP(w, r)
 }
@@ -140,8 +145,14 @@ func statusOf(err error) int {
 
 func writeJSON(w http.ResponseWriter, status int, v any) {
 	w.Header().Set("Content-Type", "application/json")
+	mayWrite(w)
 	w.WriteHeader(status)
 	_ = json.NewEncoder(w).Encode(v) // the client has gone
+}
+
+// mayWrite gives an answer its time anew: a change may have taken what there was.
+func mayWrite(w http.ResponseWriter) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(Timeout)) // of a connection, as ours are
 }
 
 // strict reads one JSON value, which has no field that v doesn't have.
@@ -192,6 +203,7 @@ func (h *handler) postReload(w http.ResponseWriter, _ *http.Request) error {
 	if err := h.Reload(); err != nil {
 		return err
 	}
+	mayWrite(w)
 	w.WriteHeader(http.StatusNoContent)
 	return nil
 }
@@ -277,10 +289,10 @@ func (h *handler) postForwards(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	defer closeFiles(files)
 	changed, err := h.Forwarder.Change(forward.Change{
 		Add: q.Add, Remove: q.Remove, Generation: q.Generation, Drain: time.Duration(q.Drain), Sockets: files,
 	})
+	closeFiles(files) // at once: for the time of a lease they would listen on when the forward is removed
 	if err != nil {
 		return err
 	}
@@ -328,5 +340,7 @@ func (h *handler) deletePort(w http.ResponseWriter, r *http.Request) error {
 			return badRequest{err}
 		}
 	}
-	return h.Forwarder.Remove(id, time.Duration(drain))
+	err = h.Forwarder.Remove(id, time.Duration(drain))
+	mayWrite(w)
+	return err
 }
