@@ -188,7 +188,7 @@ func (s *ruleSet) reaches(r Rule, l netnsutil.Listener) bool {
 	at := l.Addr.Addr().Unmap().WithZone("")
 	target := r.Target
 	if r.Dir == Out && !target.IsValid() {
-		return at.IsUnspecified() || at.IsLoopback()
+		return at.IsUnspecified() || at == loopbackOf(at.Is4()) // not 127.0.0.53
 	}
 	if !target.IsValid() {
 		return !at.IsLoopback() || s.paths.addrs.loopbackToLoopback

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -213,16 +214,21 @@ func (s *ruleSet) plan(c Change) (*plan, error) {
 		}
 		p.named = append(p.named, r)
 	}
-	p.assignSockets()
+	p.assignSockets(c.Sockets)
 	return p, nil
 }
 
-// assignSockets finds those that enter that need no sockets of their own.
-func (p *plan) assignSockets() {
+// assignSockets finds those that enter that need no sockets of their own: not those
+// for which one has come.
+func (p *plan) assignSockets(sockets []Socket) {
+	passed := func(r Rule) bool {
+		_, name, _ := strings.Cut(r.Socket, ":")
+		return r.Socket != "" && slices.ContainsFunc(sockets, func(s Socket) bool { return s.Name == name })
+	}
 	taken := make(map[*activeRule]bool)
 	for i, r := range p.enter {
 		same := func(other *activeRule) bool { return !taken[other] && sameListeners(r.rule, other.rule) }
-		if at := slices.IndexFunc(p.leave, same); at >= 0 && r.rule.Proto == TCP {
+		if at := slices.IndexFunc(p.leave, same); at >= 0 && r.rule.Proto == TCP && !passed(r.rule) {
 			p.takeover[r] = p.leave[at]
 			taken[p.leave[at]] = true
 			continue
@@ -261,6 +267,18 @@ func conflict(r Rule, stay []*activeRule) error {
 	return nil
 }
 
+// listensFor reports whether old may be what has the port of r.
+func (old *activeRule) listensFor(r Rule) bool {
+	if !old.rule.free() {
+		return Overlaps(r, old.rule)
+	}
+	return slices.ContainsFunc(old.addresses(), func(a netip.AddrPort) bool {
+		at := old.rule
+		at.Ports = PortRange{a.Port(), a.Port()}
+		return Overlaps(r, at)
+	})
+}
+
 // sameListeners reports whether a and b differ only in where they lead, and have
 // the same sockets from their beginning to their end.
 func sameListeners(a, b Rule) bool {
@@ -291,7 +309,7 @@ func (s *ruleSet) bind(p *plan, sockets []Socket) error {
 	// until all is bound.
 	b.makeRoom = func(r Rule) (made bool) {
 		for _, old := range p.leave {
-			if Overlaps(r, old.rule) {
+			if old.listensFor(r) {
 				s.setReusePort(old, true)
 				made, p.roomMade = true, true
 			}

@@ -264,6 +264,20 @@ func TestReplacedUDPRuleStaysPublished(t *testing.T) {
 	}
 }
 
+// A port that the kernel has chosen can be asked for by its number.
+func TestChosenPortIsKept(t *testing.T) {
+	ns := newNS(t)
+	server := say(t, ns, "here")
+	f, _ := start(t, Config{NetNS: ns, Rules: publishTCP(0, server)})
+	bound := f.Status().Rules[0].Bound
+	require.NotEmpty(t, bound)
+	_, err := f.Change(Change{Replace: true, Add: publishTCP(bound[0].Port(), server)})
+	require.NoError(t, err)
+	got, err := hear(fmt.Sprintf("127.0.0.1:%d", bound[0].Port()))
+	require.NoError(t, err)
+	require.Equal(t, "here", got)
+}
+
 func TestDrain(t *testing.T) {
 	f, ns := start(t, Config{})
 	port := serveTCP(t, ns, ":0", func(c net.Conn) { io.Copy(c, c); c.Close() })

@@ -174,7 +174,7 @@ func (r *activeRule) status() RuleStatus {
 	for _, failed := range r.failed {
 		problems = append(problems, failed.err.Error())
 	}
-	var bound []netip.AddrPort
+	bound := []netip.AddrPort{} // in JSON [], not null
 	for _, b := range r.bound {
 		if b.address.IsValid() {
 			bound = append(bound, b.address)

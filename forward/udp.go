@@ -330,7 +330,7 @@ func (e *udpEngine) setReusePort(rule *activeRule, on bool) {
 // can reach any peer. What left by another socket until now starts anew.
 func (e *udpEngine) publishLocked(s *udpSocket) {
 	bound, v4, v6 := s.bound()
-	if s.inside || s.to[0].rule.rule.Iface != "" || bound.Addr().IsLoopback() {
+	if s.inside || s.to[0].rule.rule.device() != "" || bound.Addr().IsLoopback() {
 		return
 	}
 	for _, t := range s.to {
