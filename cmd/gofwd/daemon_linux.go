@@ -94,6 +94,10 @@ func (o *options) goBackground(argv []string) error {
 		files[fd] = f
 	}
 	files = append(files, w)
+	// Nobody is to wait for our end because of the others.
+	if err := closeInheritedOnExec(); err != nil {
+		return fmt.Errorf("detach: %w", err)
+	}
 
 	args := o.again(argv, fmt.Sprintf("%s=%d", detachedFDOption, len(files)-1))
 	proc, err := os.StartProcess("/proc/self/exe", args, &os.ProcAttr{
@@ -111,7 +115,10 @@ func (o *options) goBackground(argv []string) error {
 	if err != nil {
 		return fmt.Errorf("detach: %w", err)
 	}
-	return waitStatus(state)
+	if err := waitStatus(state); err != nil {
+		return err
+	}
+	return errors.New("detach: it ended before it was ready")
 }
 
 // The options of one gofwd process to another, which nobody else gives.

@@ -234,6 +234,10 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 		again = append(again, innerSocketOption+"="+s.Name)
 	}
 	cfg.Args = u.opts.again(u.argv, again...)
+	// Go has raised the soft limit of open files, and takes that back in what it starts
+	// itself, or here before it fails: a directory can't be executed. Or else COMMAND
+	// would be given the hard limit for its own.
+	_ = syscall.Exec("/", []string{"/"}, nil)
 	start := netnsutil.Spawn
 	if cfg.UserNS == nil && (ns != nil || u.opts.netNSOnly) {
 		start = spawnHere

@@ -33,7 +33,11 @@ func podmanNetNSDir() string {
 // podmanRoot returns the root directory as Podman's pause process sees it, "" if
 // there is none.
 func podmanRoot() string {
-	b, err := os.ReadFile(filepath.Join(os.Getenv("XDG_RUNTIME_DIR"), "libpod/tmp/pause.pid"))
+	dir := os.Getenv("XDG_RUNTIME_DIR")
+	if dir == "" {
+		return ""
+	}
+	b, err := os.ReadFile(filepath.Join(dir, "libpod/tmp/pause.pid"))
 	if err != nil {
 		return ""
 	}
@@ -53,7 +57,11 @@ func openNetNS(arg string) (*netnsutil.NS, error) {
 	}
 	path := arg
 	if !strings.Contains(arg, "/") {
-		path = filepath.Join(podmanNetNSDir(), arg)
+		dir := podmanNetNSDir()
+		if dir == "" {
+			return nil, err
+		}
+		path = filepath.Join(dir, arg)
 	}
 	if path, absErr := filepath.Abs(path); absErr == nil {
 		for _, root := range []string{"", podmanRoot()} {
@@ -68,6 +76,12 @@ func openNetNS(arg string) (*netnsutil.NS, error) {
 // errNotRunning is about a container without a process.
 var errNotRunning = errors.New("it is not running")
 
+// noContainer is an error about a container that does not exist, and may be made
+// again: to --follow it does not run.
+type noContainer struct{ error }
+
+func (noContainer) Is(target error) bool { return target == errNotRunning }
+
 // containerPID asks Podman for the first process of a container.
 func containerPID(ctx context.Context, name string) (int, error) {
 	cmd := exec.CommandContext(ctx, "podman", "container", "inspect", "--format", "{{.State.Pid}}", "--", name)
@@ -77,6 +91,9 @@ func containerPID(ctx context.Context, name string) (int, error) {
 	if err != nil {
 		if said := bytes.TrimSpace(stderr.Bytes()); len(said) > 0 {
 			err = errors.New(string(said))
+			if bytes.Contains(said, []byte("no such container")) {
+				err = noContainer{err}
+			}
 		}
 		return 0, fmt.Errorf("find container %s: %w", name, err)
 	}
@@ -87,7 +104,8 @@ func containerPID(ctx context.Context, name string) (int, error) {
 	return pid, nil
 }
 
-// followInterval is how often a container is asked for that is not there.
+// followInterval is how soon a container is asked for again that is not there; it
+// doubles, up to sixteen times that.
 const followInterval = 250 * time.Millisecond
 
 // attachContainer is attach for --container, and with --follow again whenever
@@ -102,9 +120,11 @@ func (o *options) attachContainer(ctx context.Context) error {
 		signal.Notify(hangups, syscall.SIGHUP)
 		defer signal.Stop(hangups)
 	}
+	wait := followInterval
 	for first := true; ; first = false {
 		pid, err := containerPID(ctx, o.container)
 		if err == nil {
+			wait = followInterval
 			o.pid = pid
 			err = o.attach(ctx)
 			// Whoever waited for readiness knows.
@@ -117,7 +137,8 @@ func (o *options) attachContainer(ctx context.Context) error {
 			return nil
 		}
 		select {
-		case <-time.After(followInterval):
+		case <-time.After(wait):
+			wait = min(2*wait, 16*followInterval)
 		case <-ctx.Done():
 			return ctx.Err()
 		}

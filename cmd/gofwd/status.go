@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -108,6 +109,8 @@ func findInstances(ctx context.Context, name string) ([]instanceStatus, error) {
 		case err == nil:
 			s.Name = n
 			all = append(all, s)
+		case name == "" && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
+			fmt.Fprintf(os.Stderr, "gofwd: %s does not answer: it is stopped, or hangs\n", n)
 		case !isNobodyThere(err) && !isEnding(err):
 			return nil, fmt.Errorf("ask %s for its status: %w", n, err)
 		case name != "":
