@@ -48,6 +48,8 @@ func Hint(err error) string {
 		return tunHint(path.Err)
 	case errors.Is(err, netnsutil.ErrNotNetNS):
 		return "give the path of a network namespace, such as /proc/PID/ns/net, or a name that ip-netns(8) lists"
+	case errors.Is(err, netnsutil.ErrRouteTaken):
+		return "the namespace has a network of its own: attach --inbound-only publishes ports and leaves that alone"
 	case errors.Is(err, netnsutil.ErrOutside):
 		return "start gofwd outside of the container, or in the user namespace that owns the network namespace"
 	case errors.As(err, &call) && call.Syscall == "setns" && call.Err == syscall.EPERM: //nolint:errorlint // a bare errno

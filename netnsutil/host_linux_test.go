@@ -226,6 +226,7 @@ func TestConfigure(t *testing.T) {
 	link := nstest.Link(t, "tap0 10.0.2.100/24 fd67:6f66:7764::100/64, 0.0.0.0/0 via 10.0.2.2, ::/0 via fd67:6f66:7764::2")
 	link.MTU = 9000
 	link.HardwareAddr = []byte{2, 0, 0, 0, 0, 7}
+	link.Congestion = netnsutil.LocalCongestion
 	require.NoError(t, ns.Configure(link))
 	once := nstest.Run(t, ns, "ip", "addr", "show", "tap0") + nstest.Run(t, ns, "ip", "route") + nstest.Run(t, ns, "ip", "-6", "route")
 	require.NoError(t, ns.Configure(link))
@@ -233,6 +234,7 @@ func TestConfigure(t *testing.T) {
 	for _, s := range []string{
 		"mtu 9000", "02:00:00:00:00:07", "inet 10.0.2.100/24 brd 10.0.2.255 scope global tap0",
 		"inet6 fd67:6f66:7764::100/64 scope global nodad", "default via 10.0.2.2 dev tap0", "default via fd67:6f66:7764::2 dev tap0",
+		"10.0.2.0/24 dev tap0 proto kernel scope link src 10.0.2.100 congctl reno",
 	} {
 		require.Contains(t, once, s)
 	}
@@ -255,6 +257,19 @@ func TestConfigureFirstAddressIsTheSource(t *testing.T) {
 		}))
 		require.Equal(t, map[bool]string{false: "10.0.2.100", true: "fd67::100"}[ipv6], main.String())
 	}
+}
+
+// The route of another interface, which the kernel would replace, stays.
+func TestConfigureLeavesOthersRoutes(t *testing.T) {
+	ns, peer := nstest.New(t), nstest.New(t)
+	nstest.Veth(t, peer, "p0", ns, "eth0")
+	nstest.Veth(t, peer, "p1", ns, "tap0")
+	require.NoError(t, ns.Configure(nstest.Link(t, "eth0 10.88.0.2/16 fd88::2/64, 0.0.0.0/0 via 10.88.0.1, ::/0 via fd88::1")))
+	before := nstest.Run(t, ns, "ip", "route", "show", "default") + nstest.Run(t, ns, "ip", "-6", "route", "show", "default")
+	for _, link := range []string{"tap0 10.0.2.100/24, 0.0.0.0/0 via 10.0.2.2", "tap0 fd67::100/64, ::/0 via fd67::2"} {
+		require.ErrorIs(t, ns.Configure(nstest.Link(t, link)), netnsutil.ErrRouteTaken)
+	}
+	require.Equal(t, before, nstest.Run(t, ns, "ip", "route", "show", "default")+nstest.Run(t, ns, "ip", "-6", "route", "show", "default"))
 }
 
 func TestConfigureErrors(t *testing.T) {

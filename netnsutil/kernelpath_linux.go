@@ -209,7 +209,7 @@ func (k *KernelPath) chooseNumbers() error {
 	k.priority = lastPriority
 	for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
 		rules, err := again(func() ([]netlink.Rule, error) { return k.h.RuleList(family) })
-		if err != nil {
+		if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) { // IPv6 is not there
 			return fmt.Errorf("list rules: %w", err)
 		}
 		for _, r := range rules {

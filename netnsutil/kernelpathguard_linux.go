@@ -46,7 +46,7 @@ type guardSock struct {
 // else's rules are touched.
 //
 // report is called, by a goroutine, with the names of what was put back, or the
-// error of that. It must not call Close, which ends the guard and waits for it.
+// error of that, and with neither when nothing is missing any more after an error. It must not call Close, which ends the guard and waits for it.
 // A path is guarded once.
 func (k *KernelPath) Guard(report func(what []string, err error)) error {
 	g := &guard{k: k, report: report, changes: make(chan struct{}, 1), stop: make(chan struct{})}
@@ -130,6 +130,7 @@ func (g *guard) listen(sock guardSock) {
 }
 
 func (g *guard) run() {
+	failed := false
 	for {
 		select {
 		case <-g.changes:
@@ -137,9 +138,18 @@ func (g *guard) run() {
 			return
 		}
 		pause := guardBurst
-		if what, err := g.k.restore(); len(what) > 0 || err != nil {
+		what, err := g.k.restore()
+		if len(what) > 0 || err != nil || failed {
 			g.report(what, err)
+		}
+		if len(what) > 0 || err != nil {
 			pause = guardPause
+		}
+		if failed = err != nil; failed {
+			select {
+			case g.changes <- struct{}{}: // it is tried again
+			default:
+			}
 		}
 		select {
 		case <-time.After(pause):

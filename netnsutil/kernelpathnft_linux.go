@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 
 	"github.com/google/nftables"
@@ -58,6 +59,9 @@ const (
 func (k *KernelPath) HoldSYN(tap string, listen ...netip.AddrPort) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.closed {
+		return fmt.Errorf("hold SYNs: %w", os.ErrClosed)
+	}
 	if k.nft == nil {
 		return fmt.Errorf("hold SYNs: open nf_tables: %w", errors.ErrUnsupported)
 	}
@@ -190,7 +194,16 @@ func (ns *NS) openNFT() (c *nftables.Conn, err error) {
 		c, err = nftables.New(nftables.AsLasting())
 		return err
 	})
-	return c, err
+	if err != nil {
+		return nil, err
+	}
+	// A kernel without nf_tables answers a whole transaction with one error
+	// (nfnetlink_rcv_batch), and Flush would wait for ever for one to each message.
+	if _, err := c.ListTables(); err != nil {
+		_ = c.CloseLasting()
+		return nil, fmt.Errorf("ask nf_tables: %w", err)
+	}
+	return c, nil
 }
 
 // ProbeNFT reports what the kernel lacks for [KernelPath.HoldSYN]: errNFT is

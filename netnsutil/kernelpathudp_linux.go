@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -42,6 +43,9 @@ type udpClient struct{ client, server netip.Addr }
 func (k *KernelPath) AddUDPPort(port uint16) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.closed { // a closed handle would act on the thread's namespace
+		return fmt.Errorf("add rule for UDP port %d: %w", port, os.ErrClosed)
+	}
 	for _, family := range k.families {
 		if err := k.h.RuleAdd(k.udpRule(family, port)); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("add rule for UDP port %d: %w", port, err)
@@ -58,6 +62,9 @@ func (k *KernelPath) AddUDPPort(port uint16) error {
 func (k *KernelPath) RemoveUDPPort(port uint16) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.closed {
+		return nil
+	}
 	delete(k.udp.ports, port)
 	for _, family := range k.families {
 		if err := k.h.RuleDel(k.udpRule(family, port)); err != nil && !errors.Is(err, unix.ENOENT) {
@@ -87,6 +94,9 @@ func (k *KernelPath) udpRule(family int, port uint16) *netlink.Rule {
 func (k *KernelPath) AddUDPClient(client, server netip.Addr) (evicted netip.Addr, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.closed {
+		return netip.Addr{}, fmt.Errorf("add route to UDP client %s: %w", client, os.ErrClosed)
+	}
 	if e := k.udp.clients[client]; e != nil {
 		if e.Value.(udpClient).server == server {
 			k.udp.lru.MoveToBack(e)
@@ -118,7 +128,7 @@ func (k *KernelPath) AddUDPClient(client, server netip.Addr) (evicted netip.Addr
 func (k *KernelPath) RemoveUDPClient(client netip.Addr) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if e := k.udp.clients[client]; e != nil {
+	if e := k.udp.clients[client]; e != nil && !k.closed {
 		return k.removeUDPClientLocked(e)
 	}
 	return nil

@@ -20,6 +20,9 @@ import (
 // that the namespace has besides are left alone, and doing it again changes
 // nothing.
 //
+// A route that another interface has already, with the same metric, is
+// [ErrRouteTaken].
+//
 // The addresses are usable at once: there is no duplicate address detection on
 // the interface. Neither does it take router advertisements.
 func (ns *NS) Configure(link Link) error {
@@ -103,7 +106,7 @@ func configureLink(h *netlink.Handle, link Link) error {
 		if !link.reaches(r.Via) {
 			route.Flags = int(netlink.FLAG_ONLINK)
 		}
-		if err := h.RouteReplace(route); err != nil {
+		if err := setRoute(h, route); err != nil {
 			return fmt.Errorf("add route to %s by interface %s: %w", r.Dst, link.Name, err)
 		}
 	}
@@ -133,11 +136,42 @@ func (link Link) congestConnected(h *netlink.Handle, index int) error {
 		} else {
 			route.Priority = 256 // IP6_RT_PRIO_ADDRCONF
 		}
-		if err := h.RouteReplace(route); err != nil {
+		if err := setRoute(h, route); err != nil && !errors.Is(err, ErrRouteTaken) {
 			return fmt.Errorf("set congestion control of the route to %s by interface %s: %w", p.Masked(), link.Name, err)
 		}
 	}
 	return nil
+}
+
+// ErrRouteTaken says that another interface of the namespace has a route to the same
+// destination, of the same metric.
+var ErrRouteTaken = errors.New("another interface has such a route")
+
+// setRoute adds a route, or replaces that of the same interface. The kernel would
+// replace that of another interface as well: the error wraps ErrRouteTaken.
+func setRoute(h *netlink.Handle, route *netlink.Route) error {
+	err := h.RouteAdd(route)
+	if !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	family, metric := unix.AF_INET, route.Priority
+	if len(route.Dst.IP) == net.IPv6len {
+		if family = unix.AF_INET6; metric == 0 {
+			metric = 1024 // IP6_RT_PRIO_USER
+		}
+	}
+	routes, err := again(func() ([]netlink.Route, error) {
+		return h.RouteListFiltered(family, &netlink.Route{Dst: route.Dst}, netlink.RT_FILTER_DST)
+	})
+	if err != nil {
+		return err
+	}
+	for _, r := range routes {
+		if r.LinkIndex != route.LinkIndex && r.Priority == metric {
+			return fmt.Errorf("%w: number %d", ErrRouteTaken, r.LinkIndex)
+		}
+	}
+	return h.RouteReplace(route)
 }
 
 // addrsInOrder returns the addresses in the order in which to add them, so that
