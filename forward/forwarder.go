@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/gofwd/gofwd/netnsutil"
@@ -169,10 +170,13 @@ func (f *Forwarder) start(ctx context.Context) error {
 		}
 		return f.startRules(ctx, rules)
 	}
+	noIPv6 := f.cfg.leaveOutIPv6()
 	if f.plan, err = planNetwork(f.cfg.Network, f.readHost()); err != nil {
 		return err
 	}
-	f.notes = f.plan.notes
+	if f.notes = f.plan.notes; noIPv6 {
+		f.notes = append(f.notes, "this kernel has no IPv6")
+	}
 	addrs, dns := f.plan.addrs, newNameservers(f.cfg.Network.Nameservers)
 	addrs.loopbackToLoopback = f.cfg.HostLoopbackToNSLoopback
 	local := &hostAddrs{read: netnsutil.LocalAddrs}
@@ -190,6 +194,18 @@ func (f *Forwarder) start(ctx context.Context) error {
 		return err
 	}
 	return f.startRules(ctx, rules)
+}
+
+// leaveOutIPv6 sets NoIPv6 on a kernel without IPv6, such as with ipv6.disable=1, if
+// nobody has asked for an address of it.
+func (cfg *Config) leaveOutIPv6() bool {
+	n := &cfg.Network
+	asked := slices.ContainsFunc(n.Addrs, func(p netip.Prefix) bool { return p.Addr().Is6() })
+	if n.NoIPv4 || n.NoIPv6 || asked {
+		return false
+	}
+	n.NoIPv6 = !kernelHasIPv6()
+	return n.NoIPv6
 }
 
 // startRules binds the first rules.
@@ -278,18 +294,35 @@ func (f *Forwarder) startStack(addrs *hostMap, dns *nameservers) error {
 		GatewayMAC: f.cfg.Network.GatewayMAC, NoNDP: f.cfg.Network.NoNDP, Logger: f.log,
 	}
 	// The callbacks run as soon as there is a stack, which the engines write
-	// to: they wait for it.
-	ready := make(chan struct{})
-	defer close(ready)
+	// to: they wait for them. After an error there may be none to call.
+	started, up := make(chan struct{}), false
+	defer close(started)
+	ready := func() bool { <-started; return up }
 	if !f.cfg.NoTCP {
-		cfg.TCP = func(r *stack.TCPRequest) { <-ready; f.tcp.fromNamespace(r) }
+		cfg.TCP = func(r *stack.TCPRequest) {
+			if ready() {
+				f.tcp.fromNamespace(r)
+			}
+		}
 	}
 	if !f.cfg.NoUDP {
-		cfg.UDP = func(d *stack.Datagram) { <-ready; f.udp.fromNamespace(d) }
-		cfg.Idle = func() { <-ready; f.udp.idle() }
+		cfg.UDP = func(d *stack.Datagram) {
+			if ready() {
+				f.udp.fromNamespace(d)
+			}
+		}
+		cfg.Idle = func() {
+			if ready() {
+				f.udp.idle()
+			}
+		}
 	}
 	if !f.cfg.NoICMP {
-		cfg.Echo = func(q *stack.Echo) { <-ready; f.ping.fromNamespace(q) }
+		cfg.Echo = func(q *stack.Echo) {
+			if ready() {
+				f.ping.fromNamespace(q)
+			}
+		}
 	}
 	f.offerServices(&cfg, ready)
 	if f.stack, err = stack.New(cfg); err != nil {
@@ -299,6 +332,7 @@ func (f *Forwarder) startStack(addrs *hostMap, dns *nameservers) error {
 	if err := f.startEngines(addrs, dns); err != nil {
 		return err
 	}
+	up = true
 	// Last, so that the engines and the capture get the first frame.
 	if err := f.configure(); err != nil {
 		return err

@@ -2,12 +2,15 @@ package forward
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/gofwd/gofwd/netnsutil"
 )
@@ -82,6 +85,10 @@ func (k *kernelPath) onRestored(what []string, err error) {
 	r := &k.restored
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if err == nil && len(what) == 0 {
+		r.err = nil
+		return
+	}
 	level := slog.LevelDebug // what happens again and again is told once
 	if err != nil && r.err == nil || err == nil && r.times == 0 {
 		level = slog.LevelWarn
@@ -122,7 +129,8 @@ func (k *kernelPath) listener(addr netip.AddrPort) (mark uint32, ok bool) {
 		return 0, false
 	}
 	var err error
-	if k.listeners, err = k.diag.AppendListeners(k.listeners[:0]); err != nil {
+	// Without udp_diag those of TCP, which come first, are all there.
+	if k.listeners, err = k.diag.AppendListeners(k.listeners[:0]); err != nil && !errors.Is(err, unix.ENOENT) {
 		return 0, false
 	}
 	for _, l := range k.listeners {

@@ -88,6 +88,16 @@ func tapBytes(t *testing.T, ns *netnsutil.NS) (n int) {
 	return n
 }
 
+// A start that fails when the tap and its stack are there already is an error, and
+// nothing else: the stack's reader has things to tell by then.
+func TestStartFailsBehindTheStack(t *testing.T) {
+	newLAN(t)
+	for range 20 {
+		_, err := Start(t.Context(), Config{NetNS: newNS(t), Datapath: Kernel, noHold: true})
+		require.Error(t, err)
+	}
+}
+
 // A server that sets a mark of its own is reached, since the rules that hold SYNs
 // divert its replies too, and so is one whose listener speaks MPTCP.
 func TestKernelPathServers(t *testing.T) {

@@ -85,7 +85,9 @@ func (e *tcpEngine) dialOut(ctx context.Context, dst netip.AddrPort) (flowConn, 
 		if !addrs.isDNS(dst) || ctx.Err() != nil {
 			return c, err
 		}
-		e.dns.report(to.Addr(), err == nil)
+		if dst.Port() == 53 { // that there is no DNS over TLS says nothing about DNS
+			e.dns.report(to.Addr(), err == nil)
+		}
 		if tried = append(tried, to.Addr()); err == nil {
 			return c, nil
 		}

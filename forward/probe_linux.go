@@ -151,3 +151,12 @@ func tryKernelPath(ctx context.Context, ns *netnsutil.NS, mark uint32) error {
 	}
 	return nil
 }
+
+// kernelHasIPv6 reports whether there are IPv6 sockets.
+func kernelHasIPv6() bool {
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		unix.Close(fd)
+	}
+	return !errors.Is(err, unix.EAFNOSUPPORT)
+}

@@ -28,9 +28,9 @@ func (f *Forwarder) configure() error {
 	return f.cfg.NetNS.Configure(link)
 }
 
-// offerServices puts the services before what cfg has already. They run when ready
-// is closed.
-func (f *Forwarder) offerServices(cfg *stack.Config, ready <-chan struct{}) {
+// offerServices puts the services before what cfg has already. They run if ready
+// says so, which may take a moment.
+func (f *Forwarder) offerServices(cfg *stack.Config, ready func() bool) {
 	s := f.services
 	if s == nil {
 		return
@@ -39,14 +39,19 @@ func (f *Forwarder) offerServices(cfg *stack.Config, ready <-chan struct{}) {
 	cfg.UDP = func(d *stack.Datagram) {
 		switch {
 		case s.takes(d):
-			<-ready
-			s.answer(d)
+			if ready() {
+				s.answer(d)
+			}
 		case rest != nil:
 			rest(d)
 		}
 	}
 	if s.advertises() {
-		cfg.RouterSolicit = func(from netip.Addr) { <-ready; s.solicited(from) }
+		cfg.RouterSolicit = func(from netip.Addr) {
+			if ready() {
+				s.solicited(from)
+			}
+		}
 	}
 }
 
