@@ -372,20 +372,23 @@ func (u *outer) announce() error {
 	if err := notifySystemd(u.notify); err != nil {
 		u.log.Warn("systemd was not told that gofwd is ready", "err", err)
 	}
-	if u.detached != nil {
-		if err := releaseStdio(); err != nil {
-			return err
-		}
-	}
-	for _, f := range []*os.File{u.readyFD, u.detached} {
-		if f == nil {
-			continue
-		}
-		// As slirp4netns(1) does: "1", then the end.
+	if f := u.readyFD; f != nil { // as slirp4netns(1) does: "1", then the end
 		if _, err := f.WriteString("1"); err != nil {
 			u.log.Warn("whoever waits for readiness went away", "err", err)
 		}
-		f.Close()
+		if f.Fd() > 2 { // else something else would get the number, and what is written there
+			f.Close()
+		}
+	}
+	if u.detached == nil {
+		return nil
+	}
+	if err := releaseStdio(); err != nil {
+		return err
+	}
+	defer u.detached.Close()
+	if _, err := u.detached.WriteString("1"); err != nil {
+		return fmt.Errorf("detach: whoever started it has gone: %w", err)
 	}
 	return nil
 }
