@@ -5,6 +5,8 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -35,18 +37,23 @@ type pipe struct {
 // pipePool hands out pipes within the ration. The zero value is ready.
 type pipePool struct {
 	once  sync.Once
-	limit int // pages
+	limit int          // pages
+	rests atomic.Int64 // bytes that short writes left over, instead of in a pipe
 
-	mu    sync.Mutex // guards the following fields
-	pages int        // of all pipes, handed out or not
-	free  []*pipe    // empty, of pipePages
-	bulk  []*pipe    // empty, of pipePagesBulk
+	mu      sync.Mutex // guards the following fields
+	refused time.Time  // when the kernel gave none last
+	pages   int        // of all pipes, handed out or not
+	free    []*pipe    // empty, of pipePages
+	bulk    []*pipe    // empty, of pipePagesBulk
 }
 
-// keptPipes is how many empty pipes of each size are kept. A flow needs one
-// only while its receiver is slower than its sender, or for the time of two
-// system calls.
-const keptPipes = 8
+// How many empty pipes are kept. A flow needs one only while its receiver is slower
+// than its sender, or for the time of two system calls. What is kept is missing in the
+// ration of the user's other programs, and of those of us that serve other containers.
+const (
+	keptPipes     = 8
+	keptPipesBulk = 2
+)
 
 // get returns an empty pipe, for bulk a big one if the ration allows; nil if
 // there is none to be had.
@@ -62,7 +69,7 @@ func (p *pipePool) get(bulk bool) *pipe {
 		}
 		// Big pipes take half of what we have, so that there are small
 		// ones for the many.
-		if p.pages+pipePagesBulk <= p.limit/2 {
+		if p.pages+pipePagesBulk <= p.limit/2 && time.Since(p.refused) > refusedPause {
 			return p.makeLocked(pipePagesBulk)
 		}
 	}
@@ -71,11 +78,14 @@ func (p *pipePool) get(bulk bool) *pipe {
 		p.free = p.free[:n-1]
 		return x
 	}
-	if p.pages+pipePages <= p.limit {
+	if p.pages+pipePages <= p.limit && time.Since(p.refused) > refusedPause {
 		return p.makeLocked(pipePages)
 	}
 	return nil
 }
+
+// refusedPause is how long the kernel is not asked for pipes after it gave none.
+const refusedPause = 100 * time.Millisecond
 
 func (p *pipePool) makeLocked(pages int) *pipe {
 	var fds [2]int
@@ -83,6 +93,14 @@ func (p *pipePool) makeLocked(pages int) *pipe {
 		return nil // no descriptors: what is copied needs none
 	}
 	x := &pipe{r: fds[0], w: fds[1], pages: pipePages}
+	// Where the user's ration is used up, by whomever, the pipe has two slots:
+	// splicing two fragments at a time takes longer than copying.
+	if size, err := unix.FcntlInt(uintptr(x.w), unix.F_GETPIPE_SZ, 0); err != nil || size < pipePages*os.Getpagesize() {
+		unix.Close(x.r)
+		unix.Close(x.w)
+		p.refused = time.Now()
+		return nil
+	}
 	if pages > pipePages {
 		// EPERM says that the user's other programs have used his ration.
 		if _, err := unix.FcntlInt(uintptr(x.w), unix.F_SETPIPE_SZ, pages*os.Getpagesize()); err == nil {
@@ -100,7 +118,7 @@ func (p *pipePool) put(x *pipe) {
 	switch {
 	case x.n > 0:
 		p.closeLocked(x)
-	case x.pages == pipePagesBulk && len(p.bulk) < keptPipes:
+	case x.pages == pipePagesBulk && len(p.bulk) < keptPipesBulk:
 		p.bulk = append(p.bulk, x)
 	case x.pages == pipePages && len(p.free) < keptPipes:
 		p.free = append(p.free, x)

@@ -21,6 +21,7 @@ type splicedHalf struct {
 	fills    int  // how often in a row a small pipe was filled
 	hup      bool // src has sent, or lost, its last byte (EPOLLRDHUP)
 	urgent   bool // src has sent urgent data (EPOLLPRI)
+	noPipe   bool // there was none to be had: more is copied at once
 	last     bool // the other direction is done: close(2) will tell dst
 	eof      bool // and it was read
 	done     bool // and dst was told
@@ -39,9 +40,13 @@ const (
 )
 
 const (
-	// bufferSize is the size of the one buffer that all halves of a thread
-	// share. Reads that fill it start splicing.
+	// bufferSize is how much is copied at once of the one buffer that all halves of
+	// a thread share. Reads that fill it start splicing.
 	bufferSize = 16 << 10
+	// bufferSizeBulk is the whole of it, for bulk without a pipe.
+	bufferSizeBulk = 256 << 10
+	// maxRests is how many bytes of all flows may be left over for bulk to be copied so.
+	maxRests = 16 << 20
 	// spliceSize is the most that one splice(2) is asked to move.
 	spliceSize = 1 << 20
 	// A small pipe is taken for full from smallPipeFull bytes on: its slots may
@@ -79,7 +84,7 @@ func (h *splicedHalf) step(pipes *pipePool, buf []byte) (waits, *spliceError) {
 	case h.done:
 		return waitsNone, nil
 	case len(h.rest) > 0:
-		return h.flush()
+		return h.flush(pipes)
 	case h.pipe != nil && h.pipe.n > 0:
 		return h.drain()
 	case h.eof:
@@ -97,27 +102,34 @@ func (h *splicedHalf) step(pipes *pipePool, buf []byte) (waits, *spliceError) {
 		return h.fill(pipes)
 	}
 	h.release(pipes) // which is empty, and was for bulk
-	return h.copy(buf)
+	return h.copy(pipes, buf)
 }
 
 // copy reads a buffer and writes it.
-func (h *splicedHalf) copy(buf []byte) (waits, *spliceError) {
+func (h *splicedHalf) copy(pipes *pipePool, buf []byte) (waits, *spliceError) {
+	if !h.noPipe || pipes.rests.Load() > maxRests {
+		buf = buf[:bufferSize]
+	}
 	n, err := read(h.src, buf)
 	if err != nil {
+		h.noPipe = false
 		return waitsRead, unlessAgain(err, false)
 	}
 	if n == 0 {
 		h.eof = true
 		return 0, nil
 	}
-	h.bulk = n == len(buf)
+	h.bulk = n == len(buf) && !h.noPipe
+	full := n == len(buf)
 	m, err := write(h.dst, buf[:n])
 	h.moved += int64(m)
 	if m < n {
 		h.rest = append([]byte(nil), buf[m:n]...)
+		pipes.rests.Add(int64(len(h.rest)))
 		return waitsWrite, unlessAgain(err, true)
 	}
-	if !h.bulk && !h.hup && !h.urgent {
+	if !full && !h.hup && !h.urgent {
+		h.noPipe = false
 		// Nothing is left: with edge-triggered events a short read is as
 		// good as EAGAIN (epoll(7), question 9), but for a FIN, and before urgent
 		// data, at which splice(2) stops for ever (tcp(7); telnet and FTP send it).
@@ -127,9 +139,10 @@ func (h *splicedHalf) copy(buf []byte) (waits, *spliceError) {
 }
 
 // flush writes what a short write left over.
-func (h *splicedHalf) flush() (waits, *spliceError) {
+func (h *splicedHalf) flush(pipes *pipePool) (waits, *spliceError) {
 	n, err := write(h.dst, h.rest)
 	h.moved += int64(n)
+	pipes.rests.Add(int64(-n))
 	if h.rest = h.rest[n:]; len(h.rest) > 0 {
 		return waitsWrite, unlessAgain(err, true)
 	}
@@ -145,7 +158,7 @@ func (h *splicedHalf) fill(pipes *pipePool) (waits, *spliceError) {
 	}
 	if h.pipe == nil {
 		if h.pipe = pipes.get(h.fills >= fillsForBulk); h.pipe == nil {
-			h.bulk = false
+			h.bulk, h.noPipe = false, true
 			return 0, nil
 		}
 	}
@@ -179,8 +192,10 @@ func (h *splicedHalf) drain() (waits, *spliceError) {
 	return 0, nil
 }
 
-// release gives the pipe back.
+// release gives the pipe back, and what was left over by a flow that ends.
 func (h *splicedHalf) release(pipes *pipePool) {
+	pipes.rests.Add(int64(-len(h.rest)))
+	h.rest = nil
 	if h.pipe != nil {
 		pipes.put(h.pipe)
 		h.pipe = nil

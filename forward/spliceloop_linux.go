@@ -29,7 +29,7 @@ type spliceLoop struct {
 	s     *splicer
 	epfd  int
 	wake  int // eventfd
-	buf   [bufferSize]byte
+	buf   [bufferSizeBulk]byte
 	turns []*splicedFlow
 	late  lateList
 	bulk  bulkFlows

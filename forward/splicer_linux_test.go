@@ -221,7 +221,7 @@ func TestSplicerPipesAreRationed(t *testing.T) {
 	require.Eventually(t, func() bool {
 		s.pipes.mu.Lock()
 		defer s.pipes.mu.Unlock()
-		return s.pipes.pages <= keptPipes*(pipePages+pipePagesBulk)
+		return s.pipes.pages <= keptPipes*pipePages+keptPipesBulk*pipePagesBulk
 	}, 5*time.Second, 10*time.Millisecond)
 }
 
@@ -243,6 +243,40 @@ func TestSplicerIdleFlowHoldsNoPipe(t *testing.T) {
 			return p.pages == len(p.free)*pipePages+len(p.bulk)*pipePagesBulk
 		}, 5*time.Second, time.Millisecond, "after %d bytes", size)
 	}
+}
+
+// Without pipes, as when other programs of the user have taken all, bulk is copied,
+// and what slow receivers leave over is bounded and accounted for.
+func TestSplicerWithoutPipes(t *testing.T) {
+	s := newTestSplicer(t)
+	s.pipes.once.Do(func() {}) // a ration of none
+	outside, inside, _, _ := splicedPair(t, s, 0)
+	inside.SetDeadline(time.Now().Add(10 * time.Second))
+	data := pattern(8 << 20)
+	var wg sync.WaitGroup
+	wg.Go(func() { _, _ = outside.Write(data) })
+	got := make([]byte, len(data))
+	_, err := io.ReadFull(inside, got[:1<<20])
+	require.NoError(t, err)
+	time.Sleep(50 * time.Millisecond) // a slow receiver
+	require.LessOrEqual(t, s.pipes.rests.Load(), int64(bufferSizeBulk))
+	_, err = io.ReadFull(inside, got[1<<20:])
+	require.NoError(t, err)
+	wg.Wait()
+	require.Equal(t, data, got)
+	require.Zero(t, s.pipes.pages)
+	require.Eventually(t, func() bool { return s.pipes.rests.Load() == 0 }, 5*time.Second, time.Millisecond)
+
+	stalled, gone, _, ended := splicedPair(t, s, 0)
+	stalled.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	for err = error(nil); err == nil; {
+		_, err = stalled.Write(data)
+	}
+	require.Positive(t, s.pipes.rests.Load())
+	gone.SetLinger(0)
+	gone.Close()
+	<-ended
+	require.Zero(t, s.pipes.rests.Load())
 }
 
 // Neither read(2) nor splice(2) goes beyond urgent data at once: a short read before
