@@ -1,12 +1,12 @@
 package forward
 
 import (
+	"io"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -71,25 +71,11 @@ func hold(t *testing.T, ns *netnsutil.NS, dst string) {
 // holderIn starts a server in ns that says a byte and keeps its connections.
 func holderIn(t *testing.T, ns *netnsutil.NS, addr string) (port uint16) {
 	t.Helper()
-	var ln net.Listener
-	within(t, ns, func() {
-		var err error
-		ln, err = net.Listen("tcp", addr)
-		require.NoError(t, err)
+	return serveTCP(t, ns, addr, func(c net.Conn) {
+		_, _ = c.Write([]byte("x"))
+		_, _ = io.Copy(io.Discard, c)
+		c.Close()
 	})
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			_, _ = c.Write([]byte("x"))
-			wg.Go(func() { _, _ = c.Read(make([]byte, 2)); _, _ = c.Read(make([]byte, 2)); c.Close() })
-		}
-	})
-	t.Cleanup(func() { ln.Close(); wg.Wait() })
-	return netip.MustParseAddrPort(ln.Addr().String()).Port()
 }
 
 // What does not leave the machine is not paced, whatever the congestion control of
