@@ -357,6 +357,7 @@ func TestManyFlows(t *testing.T) {
 	f, _ := start(t, Config{NetNS: ns, Datapath: Kernel, Rules: publishTCP(8080, l.Addr().(*net.TCPAddr).AddrPort().Port())})
 	var before, after runtime.MemStats
 	runtime.GC()
+	runtime.GC() // what finalizers of earlier tests have let go
 	runtime.ReadMemStats(&before)
 	var clients []net.Conn
 	defer func() {
@@ -375,8 +376,8 @@ func TestManyFlows(t *testing.T) {
 	require.Eventually(t, func() bool { return f.Status().Rules[0].Active == int64(flows) }, 20*time.Second, 10*time.Millisecond)
 	runtime.GC()
 	runtime.ReadMemStats(&after)
-	used := after.HeapAlloc + after.StackInuse - before.HeapAlloc - before.StackInuse
-	require.Less(t, used/uint64(flows), uint64(8<<10), "bytes for a flow, the test's own ends included")
+	used := int64(after.HeapAlloc+after.StackInuse) - int64(before.HeapAlloc+before.StackInuse)
+	require.Less(t, used/int64(flows), int64(8<<10), "bytes for a flow, the test's own ends included")
 
 	buf := make([]byte, 256<<10)
 	for _, c := range clients[:stuck] {
