@@ -14,8 +14,8 @@
 //
 // # The lab
 //
-// For each tool there is a site, three network namespaces that are made the same
-// way for all (topology_linux.go):
+// Each sample has a site of its own, three network namespaces that are made the
+// same way for all (topology_linux.go):
 //
 //	client ── veth ── host ─ the tool ─ container
 //
@@ -23,6 +23,12 @@
 // it (tool_*.go: one file each). The native rows are the same loads with the
 // server on the host itself. Nothing but the congestion control and the range
 // of ephemeral ports differs from the system's defaults, unless the row says so.
+//
+// No other tool runs meanwhile, since even one that has nothing to do may hold what
+// a user has only once: an idle pasta takes the memory of pipes up to
+// pipe-user-pages-soft (proc(5)), and the next one that splices gets pipes of
+// two pages. That case is measured too, in rows of its own: the user's pipes
+// are used up.
 //
 // # Loads
 //

@@ -130,52 +130,24 @@ func (l *lab) findTools() error {
 	return nil
 }
 
-// run runs bed after bed. What stays up during a bed are the sites of all
-// tools, so that the samples of a row can be taken one soon after the other.
+// run runs round after round, in each row after row, in each tool after tool.
+// Every round begins with another tool, so that none is always the one that
+// comes after a certain other.
 func (l *lab) run(ctx context.Context) error {
-	byBed := map[string][]row{}
-	var beds []string
-	for _, r := range l.rows {
-		if byBed[r.bed.name] == nil {
-			beds = append(beds, r.bed.name)
-		}
-		byBed[r.bed.name] = append(byBed[r.bed.name], r)
-	}
 	total := newWorkload(l.rows, l.tools, l.order.Rounds, l.order.Seconds)
 	if err := l.out.Encode(report{Total: &total}); err != nil {
 		return err
 	}
-	for _, name := range beds {
-		if ctx.Err() != nil {
-			return nil
-		}
-		if err := l.runBed(ctx, byBed[name]); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// runBed runs round after round, in each row after row, in each tool after
-// tool. Every round begins with another tool, so that none is always the one
-// that comes after a certain other.
-func (l *lab) runBed(ctx context.Context, rows []row) error {
-	sites := map[string]*site{}
-	defer func() {
-		for _, s := range sites {
-			s.close()
-		}
-	}()
 	for round := range l.order.Rounds {
-		for i := range rows {
+		for i := range l.rows {
 			for j := range l.tools {
 				t := l.tools[(j+round)%len(l.tools)]
-				if !rows[i].takes(t) {
+				if !l.rows[i].takes(t) {
 					continue
 				}
-				sample := &Sample{Row: rows[i].Name, Tool: t.name(), Round: round}
+				sample := &Sample{Row: l.rows[i].Name, Tool: t.name(), Round: round}
 				var err error
-				if sample.Values, err = l.sample(ctx, &rows[i], t, sites); err != nil {
+				if sample.Values, err = l.sample(ctx, &l.rows[i], t); err != nil {
 					sample.Err = err.Error()
 				}
 				if ctx.Err() != nil {
@@ -194,40 +166,28 @@ func (l *lab) runBed(ctx context.Context, rows []row) error {
 // is stuck must not stop the run.
 const sampleLimit = time.Minute
 
-// sample takes one sample. A site in which something went wrong is not used
-// again.
-func (l *lab) sample(ctx context.Context, r *row, t tool, sites map[string]*site) (map[string]float64, error) {
+// sample takes one sample, in a site of its own. No other tool is running
+// meanwhile: even one with nothing to do may hold what a user has only once, as
+// pasta does with the memory of pipes (pipe-user-pages-soft in proc(5)).
+func (l *lab) sample(ctx context.Context, r *row, t tool) (map[string]float64, error) {
 	ctx, cancel := context.WithTimeout(ctx, sampleLimit+time.Duration(l.order.Seconds*float64(time.Second)))
 	defer cancel()
-	s := sites[t.name()]
-	if s == nil || r.fresh {
-		var err error
-		if s, err = l.newSite(ctx, t, r.bed); err != nil {
-			return nil, err
-		}
-		if err := l.describe(s); err != nil {
-			s.close()
-			return nil, err
-		}
-		if r.fresh {
-			defer s.close()
-		} else {
-			sites[t.name()] = s
-		}
+	s, err := l.newSite(ctx, t, r.bed)
+	if err != nil {
+		return nil, err
+	}
+	defer s.close()
+	if err := l.describe(s); err != nil {
+		return nil, err
 	}
 	values, err := r.measure.take(ctx, s, l.order.Seconds)
-	if err == nil {
-		for unit, v := range values { // more digits would be noise
-			values[unit], _ = strconv.ParseFloat(strconv.FormatFloat(v, 'g', 6, 64), 64)
-		}
-		return values, nil
+	if err != nil {
+		return nil, errors.Join(err, s.helperEnded(), anyEnded(s.servers))
 	}
-	err = errors.Join(err, s.helperEnded(), anyEnded(s.servers))
-	if !r.fresh {
-		delete(sites, t.name())
-		s.close()
+	for unit, v := range values { // more digits would be noise
+		values[unit], _ = strconv.ParseFloat(strconv.FormatFloat(v, 'g', 6, 64), 64)
 	}
-	return nil, err
+	return values, nil
 }
 
 // describe reports a tool when it has been started for the first time: how, and

@@ -276,11 +276,8 @@ http {
 }
 `
 
-// startWeb starts nginx in the container, once.
+// startWeb starts nginx in the container.
 func (s *site) startWeb(ctx context.Context) error {
-	if s.http {
-		return nil
-	}
 	nginx, err := lookPath("NGINX", "nginx")
 	if err != nil {
 		return err
@@ -303,7 +300,6 @@ func (s *site) startWeb(ctx context.Context) error {
 		return err
 	}
 	s.servers = append(s.servers, p)
-	s.http = true
 	to := netip.AddrPortFrom(loopbacks[0], portHTTP)
 	for ctx.Err() == nil {
 		if _, err := s.container.ask("tcp4", to, "GET / HTTP/1.0\r\n\r\n"); err == nil {

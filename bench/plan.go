@@ -16,9 +16,7 @@ type row struct {
 	proto string
 	ip    int
 	// quick rows are those of a quick run.
-	quick bool
-	// fresh gives every sample a site of its own.
-	fresh   bool
+	quick   bool
 	measure measurement
 }
 
@@ -26,6 +24,9 @@ type row struct {
 func (r *row) takes(t tool) bool {
 	return slices.Contains(r.tools, t.name()) && t.carries(r.way, r.proto, r.ip)
 }
+
+// about is how long a sample takes, in seconds, with its site.
+func (r *row) about(seconds float64) float64 { return 0.1 + r.measure.about(seconds) }
 
 // The groups, each a table, in the order in which they are shown.
 const (
@@ -74,9 +75,14 @@ var (
 var (
 	reno    = bed{name: "cc=reno", sysctls: []sysctl{{"net/ipv4/tcp_congestion_control", "reno"}}}
 	asFound = bed{name: "cc=default"}
+	// pipesHeld is a user one of whose programs, such as an idle pasta, holds
+	// all memory of pipes that a user may have.
+	pipesHeld = bed{
+		name: "cc=reno/pipes=held", note: "the user's pipes are used up", sysctls: reno.sysctls, pipesHeld: true,
+	}
 	// pastaTuned is what passt's own tests set in the container before
 	// they measure (test/perf/pasta_tcp).
-	pastaTuned = bed{name: "cc=default/sysctl=pasta", container: []sysctl{
+	pastaTuned = bed{name: "cc=default/sysctl=pasta", note: "with pasta's sysctls", container: []sysctl{
 		{"net/ipv4/tcp_rmem", "131072 524288 134217728"},
 		{"net/ipv4/tcp_wmem", "131072 524288 134217728"},
 		{"net/ipv4/tcp_timestamps", "0"},
@@ -128,7 +134,7 @@ func stream(group string, b bed, tools []string, w way, load string, ip, streams
 		Row: Row{
 			Name:  fmt.Sprintf("TCP/way=%s/load=%s/ip=%d/streams=%d/%s", w, load, ip, streams, b.name),
 			Group: group, Units: []string{unitGbps, unitHelperPerGB},
-			Title: fmt.Sprintf("%s, IPv%d, %s", wayTitle(w, load), ip, plural(streams, "stream")),
+			Title: b.noted(fmt.Sprintf("%s, IPv%d, %s", wayTitle(w, load), ip, plural(streams, "stream"))),
 		},
 		bed: b, tools: tools, way: w, proto: "tcp", ip: ip,
 		measure: iperf(w, ip, load, streams),
@@ -164,7 +170,11 @@ func throughput() []row {
 	add(outside, "both", 4, 1)
 	add(hostLoopback, "upload", 4, 1)
 	add(hostLoopback, "download", 4, 1)
-	return rows
+	return append(rows,
+		stream(groupTCP, pipesHeld, columns, remote, "upload", 4, 1),
+		stream(groupTCP, pipesHeld, columns, remote, "upload", 4, 8),
+		stream(groupTCP, pipesHeld, columns, remote, "download", 4, 1),
+	)
 }
 
 // forWays makes a row for each of the ways by which requests go.
@@ -294,10 +304,7 @@ func published() []row {
 		add := func(who, title string, w way, streams int, extra ...string) {
 			r := stream(groupPublished, b, columns, w, "upload", 4, streams)
 			r.Name = strings.Replace(r.Name, "TCP", "Published/by="+who, 1)
-			r.Title = who + ": " + title
-			if b.name == pastaTuned.name {
-				r.Title += ", with pasta's sysctls"
-			}
+			r.Title = b.noted(who + ": " + title)
 			r.measure = iperf(w, 4, "upload", streams, extra...)
 			rows = append(rows, r)
 		}
@@ -315,7 +322,7 @@ func published() []row {
 }
 
 func lifeAndMemory() []row {
-	base := row{bed: reno, tools: lifeRows, way: remote, proto: "tcp", ip: 4, fresh: true}
+	base := row{bed: reno, tools: lifeRows, way: remote, proto: "tcp", ip: 4}
 	start := base
 	start.Row = Row{Name: "Start", Group: groupLife, Units: []string{unitStart, unitRSS, unitAdd}, Title: "start; one more port"}
 	start.measure = life()

@@ -33,7 +33,7 @@ func newWorkload(rows []row, tools []tool, rounds int, seconds float64) workload
 			w.Rows++
 		}
 		w.Samples += samples
-		w.Seconds += float64(samples) * rows[i].measure.about(seconds)
+		w.Seconds += float64(samples) * rows[i].about(seconds)
 	}
 	return w
 }
@@ -65,7 +65,7 @@ const progressPause = 10 * time.Second
 func newProgress(out io.Writer, terminal bool, o *options) *progress {
 	p := &progress{out: out, lengths: make(map[string]float64)}
 	for _, r := range o.rows() {
-		p.lengths[r.Name] = r.measure.about(o.seconds)
+		p.lengths[r.Name] = r.about(o.seconds)
 	}
 	if terminal {
 		p.bar = progressbar.NewOptions(1, progressbar.OptionSetWriter(out), progressbar.OptionShowCount(),

@@ -31,7 +31,7 @@ func TestProgressLines(t *testing.T) {
 			}
 		}
 		p.end()
-		require.Equal(t, `bench: 5 rows, 2 tools, 2 rounds, 20 samples: about 40 s
+		require.Equal(t, `bench: 5 rows, 2 tools, 2 rounds, 20 samples: about 42 s
 bench: round 1 of 2, 2 of 10 rows done in 15 s, about 45 s left
 bench: round 1 of 2, 4 of 10 rows done in 27 s, about 33 s left
 bench: round 2 of 2, 6 of 10 rows done in 39 s, about 21 s left

@@ -31,12 +31,18 @@ const sinkHeader = 1 + 8
 
 // serve is the load server. It listens on the given ports of every address,
 // each written as tcp/5202, udp/5202, gro/5204 for UDP with UDP_GRO, or quic/5206,
-// and says "ready".
+// and says "ready". "pipes" holds the memory of pipes that its user may have.
 func serve(args []string) error {
 	raiseFileLimit()
 	errc := make(chan error)
 	for _, arg := range args {
 		kind, port, _ := strings.Cut(arg, "/")
+		if kind == "pipes" {
+			if err := holdPipes(); err != nil {
+				return fmt.Errorf("hold the user's pipes: %w", err)
+			}
+			continue
+		}
 		number, err := strconv.ParseUint(port, 10, 16)
 		if err != nil {
 			return fmt.Errorf("parse port %q: %w", arg, err)
@@ -64,6 +70,28 @@ func serve(args []string) error {
 	}
 	fmt.Println("ready")
 	return <-errc
+}
+
+// holdPipes makes pipes, as large as they may be, until a new one gets fewer
+// than the usual 16 pages: the user has used up pipe-user-pages-soft (proc(5)).
+// They stay as long as the process.
+func holdPipes() error {
+	usual := 16 * os.Getpagesize()
+	for {
+		var p [2]int
+		if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+			return os.NewSyscallError("pipe2", err)
+		}
+		size, err := unix.FcntlInt(uintptr(p[0]), unix.F_GETPIPE_SZ, 0)
+		if err != nil {
+			return os.NewSyscallError("fcntl F_GETPIPE_SZ", err)
+		}
+		if size < usual {
+			return nil
+		}
+		// Refused to the last ones, which then fill the rest by 16 pages each.
+		_, _ = unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, 1<<20)
+	}
 }
 
 func serveTCP(l *net.TCPListener, errc chan<- error) {

@@ -41,11 +41,22 @@ var (
 // bed is what a site is made with.
 type bed struct {
 	name    string // part of the names of its rows, e.g. "cc=reno"
+	note    string // part of their titles, or empty
 	sysctls []sysctl
 	// container is set in the container only.
 	container []sysctl
 	// ports is how many TCP ports are published from portMany on.
 	ports int
+	// pipesHeld leaves the tool no more than the least of the user's pipes.
+	pipesHeld bool
+}
+
+// noted adds the bed's note to a title.
+func (b bed) noted(title string) string {
+	if b.note == "" {
+		return title
+	}
+	return title + ", " + b.note
 }
 
 // tcpPorts are the TCP ports that a tool publishes when it starts.
@@ -76,7 +87,6 @@ type site struct {
 	container *namespace
 	helpers   []*process // of the tool
 	servers   []*process
-	http      bool // the container has its web server
 
 	began time.Time     // when the first helper was started
 	ready time.Duration // from then to the first answer through the tool
@@ -112,6 +122,11 @@ func (l *lab) newSite(ctx context.Context, t tool, b bed) (_ *site, err error) {
 	}
 	if err := s.serve(ctx, s.host, loadServers([]int{portOutLoad}, outUDP, nil)); err != nil {
 		return nil, err
+	}
+	if b.pipesHeld {
+		if err := s.serve(ctx, s.host, []string{"pipes"}); err != nil {
+			return nil, err
+		}
 	}
 	if err := t.start(ctx, s); err != nil {
 		return nil, err
