@@ -111,7 +111,10 @@ func (p *paths) isElsewhere(rule *activeRule, r route, waited time.Duration) boo
 	}
 	mark, listens := p.listener(r.dst)
 	if p.noTap {
-		if mark != 0 {
+		switch {
+		case !listens: // an address that a guest has taken is silent, it refuses nobody
+			rule.takeDetour(Kernel, reasonNoTap(r.dst.Port()))
+		case mark != 0:
 			rule.takeDetour(Kernel, reasonMark(r.dst.Port(), mark)+", so that no reply comes back, and there is no tap")
 		}
 		return false
@@ -126,8 +129,7 @@ func (p *paths) mayBeGuest(rule *activeRule, port uint16) bool {
 		return false
 	}
 	if p.noTap {
-		rule.takeDetour(Kernel, fmt.Sprintf("nobody listened on port %d when the last client came; "+
-			"a guest with a network stack of its own can be reached by a tap only, and there is none", port))
+		rule.takeDetour(Kernel, reasonNoTap(port))
 		return false
 	}
 	return true
@@ -203,6 +205,11 @@ func (p *paths) dialDetour(ctx context.Context, rule *activeRule, routes []route
 		rule.takeDetour(Tap, fmt.Sprintf("the kernel path to port %d is silent: a NAT in the namespace?", port))
 	}
 	return c, r, nil
+}
+
+func reasonNoTap(port uint16) string {
+	return fmt.Sprintf("nobody listened on port %d when the last client came; "+
+		"a guest with a network stack of its own can be reached by a tap only, and there is none", port)
 }
 
 func reasonMark(port uint16, mark uint32) string {

@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -13,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/gofwd/gofwd/netnsutil"
+	"github.com/gofwd/gofwd/stack/stacktest"
 )
 
 // joinBridge gives ns a network, as a container on a bridge has it.
@@ -77,6 +79,28 @@ func TestForwarderInboundOnly(t *testing.T) {
 		test(network, host4, remote4)
 	}
 	require.NoError(t, f.Close())
+}
+
+// A guest that has taken the container's addresses is not reached without a tap, and
+// the status says so.
+func TestForwarderInboundOnlyGuest(t *testing.T) {
+	remote := newLAN(t)
+	ns := newNS(t)
+	joinBridge(t, ns, "10.89.0.2", "fd00:89::2")
+	f, _ := start(t, Config{NetNS: ns, InboundOnly: true, Rules: []Rule{{Proto: TCP, TargetPorts: PortRange{80, 80}}}})
+	stacktest.NewGuest(t, ns, "eth0")
+	port := f.Status().Rules[0].Bound[0].Port()
+	for _, host := range []string{host4, host6} {
+		within(t, remote, func() {
+			c, err := net.Dial("tcp", at(host, port))
+			require.NoError(t, err)
+			t.Cleanup(func() { c.Close() })
+		})
+	}
+	require.Eventually(t, func() bool {
+		return strings.Contains(f.Status().Rules[0].Reason, "reached by a tap only, and there is none")
+	}, 10*time.Second, 10*time.Millisecond)
+	require.Equal(t, Kernel, f.Status().Rules[0].Path)
 }
 
 // What the kernel path takes for the container's own addresses follows those that
