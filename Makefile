@@ -99,6 +99,11 @@ test-pasta: ## our pasta beside pasta itself, of PASTA, or the newest that Debia
 	PASTA="$(or $(PASTA),$(CURDIR)/bin/pasta/bin/pasta)" go test -count=1 -run TestPasta ./integration
 .PHONY: test-pasta
 
+# Of the version whose packages gofwd is built with.
+runsc: ## gVisor's runsc into bin/, where the tests that need it look: over a minute the first time
+	GOBIN="$(CURDIR)/bin" CGO_ENABLED=0 go install gvisor.dev/gvisor/runsc@$$(go list -m -f '{{.Version}}' gvisor.dev/gvisor)
+.PHONY: runsc
+
 test-podman: ## under real rootless Podman 5.4, as root; see integration/podman/doc.go
 	go test -tags podman -count=1 -v -short ./integration/podman
 .PHONY: test-podman

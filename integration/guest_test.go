@@ -14,9 +14,9 @@ import (
 	"github.com/gofwd/gofwd/stack/stacktest"
 )
 
-// TestGuest: a container under gVisor, which takes the tap's addresses away and
-// speaks on a packet socket, is reached by curl, sees its clients, and gets out, by a
-// gofwd that was started as for any other.
+// TestGuest: a container that does as gVisor does, which takes the tap's addresses away
+// and speaks on a packet socket, is reached by curl, sees its clients, and gets out, by
+// a gofwd that was started as for any other. TestRunsc has gVisor itself.
 func TestGuest(t *testing.T) {
 	t.Parallel()
 	need(t, "curl")
