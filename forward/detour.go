@@ -124,8 +124,8 @@ func (p *paths) isElsewhere(rule *activeRule, r route, waited time.Duration) boo
 
 // mayBeGuest is asked when the namespace's kernel has refused a client. It is true if
 // there may be a server all the same.
-func (p *paths) mayBeGuest(rule *activeRule, port uint16) bool {
-	if p.kernel == nil || rule.rule.Target.IsValid() && (rule.rule.Target.IsLoopback() || p.targets.has(rule.rule.Target.Unmap())) {
+func (p *paths) mayBeGuest(rule *activeRule, client netip.AddrPort, port uint16) bool {
+	if p.kernel == nil || p.leadsToLoopback(rule.rule, client) || p.targets.has(rule.rule.Target.Unmap()) {
 		return false
 	}
 	if p.noTap {
@@ -144,7 +144,7 @@ func (p *paths) dialIn(ctx context.Context, rule *activeRule, client netip.AddrP
 		return p.dialDetour(ctx, rule, routes, detour)
 	}
 	patience := dialTimeout
-	if p.kernel != nil && !p.noTap && len(routes) > 0 && routes[0].path == Kernel {
+	if p.kernel != nil && !p.noTap && len(routes) > 0 && routes[0].path == Kernel && !routes[0].dst.Addr().IsLoopback() {
 		patience = silentAfter
 	}
 	first, cancel := context.WithTimeout(ctx, patience)
@@ -153,7 +153,7 @@ func (p *paths) dialIn(ctx context.Context, rule *activeRule, client netip.AddrP
 	switch {
 	case err == nil && r.path == Kernel:
 		rule.endDetour()
-	case errors.Is(err, syscall.ECONNREFUSED) && p.mayBeGuest(rule, port):
+	case errors.Is(err, syscall.ECONNREFUSED) && p.mayBeGuest(rule, client, port):
 		return p.dialDetour(ctx, rule, routes, guestTimeout)
 	case err != nil && patience == silentAfter && first.Err() != nil && ctx.Err() == nil:
 		return p.dialDetour(ctx, rule, routes, dialTimeout)
@@ -169,17 +169,15 @@ func (p *paths) dialIn(ctx context.Context, rule *activeRule, client netip.AddrP
 func (p *paths) dialDetour(ctx context.Context, rule *activeRule, routes []route, timeout time.Duration) (flowConn, route, error) {
 	var byTap []route
 	for _, r := range routes {
-		if !r.dst.Addr().IsLoopback() {
-			if timeout == dialTimeout {
-				// From another port: connection tracking in the namespace
-				// remembers the SYN on the kernel path, and another one
-				// is out of its window (tcp_in_window in
-				// net/netfilter/nf_conntrack_proto_tcp.c).
-				r.src = netip.AddrPortFrom(r.src.Addr(), 0)
-			}
-			r.path, r.dialer = Tap, p.tap
-			byTap = append(byTap, r)
+		if timeout == dialTimeout {
+			// From another port: connection tracking in the namespace
+			// remembers the SYN on the kernel path, and another one
+			// is out of its window (tcp_in_window in
+			// net/netfilter/nf_conntrack_proto_tcp.c).
+			r.src = netip.AddrPortFrom(r.src.Addr(), 0)
 		}
+		r.path, r.dialer = Tap, p.tap
+		byTap = append(byTap, r)
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()

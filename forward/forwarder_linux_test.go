@@ -3,6 +3,7 @@ package forward
 import (
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -197,6 +198,40 @@ func testForwarderLoopbackToLoopback(t *testing.T, path Datapath) {
 		got, _, err := ask(t, nil, tt.proto, tt.dst)
 		require.NoError(t, err, tt)
 		require.True(t, strings.HasPrefix(got, "127.0.0.1:"), "%v: %s", tt, got)
+	}
+}
+
+// Where there is no server the log says so: no other way leads to the namespace's
+// loopback, and its other family's address not being there is not the reason.
+func TestForwarderLoopbackRefused(t *testing.T) { onBothPaths(t, testForwarderLoopbackRefused) }
+
+func testForwarderLoopbackRefused(t *testing.T, path Datapath) {
+	ns := newNS(t)
+	var log syncBuffer
+	rules := publishTCP(8080, 80)
+	rules = append(rules, rules[0])
+	rules[1].Ports, rules[1].ProxyV2 = PortRange{8081, 8081}, true // not relayed by a splice loop
+	_, _ = start(t, Config{
+		Datapath: path, NetNS: ns, HostLoopbackToNSLoopback: true, Rules: rules,
+		Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug})),
+	})
+	within(t, ns, func() {
+		ip(t, "addr del ::1/128 dev lo")
+		ip(t, "-6 route add prohibit ::1")
+	})
+	for i, dst := range []string{"127.0.0.1:8080", "127.0.0.1:8081"} {
+		if c, err := net.Dial("tcp", dst); err == nil { // else it was reset already
+			_, err = c.Read(make([]byte, 1))
+			require.Error(t, err)
+			c.Close()
+		}
+		const refused = `msg="connection refused"`
+		require.Eventually(t, func() bool { return strings.Count(log.String(), refused) > i }, 5*time.Second, 10*time.Millisecond)
+	}
+	for line := range strings.Lines(log.String()) {
+		if strings.Contains(line, "refused") {
+			require.Contains(t, line, "connect: connection refused\"")
+		}
 	}
 }
 

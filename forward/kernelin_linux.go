@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -139,6 +140,7 @@ type kernelConn struct {
 	led    time.Time // to to
 	routes []route   // that are left; the first is being tried
 	route  route     // the one that led to the server
+	why    error     // the first route was no good
 
 	inner  int // socket that connects, -1 if none
 	slot   int32
@@ -156,20 +158,19 @@ func (c *kernelConn) lead(l *spliceLoop) {
 		c.leave(l, 0) // for what a relay does, and a loop does not
 		return
 	}
-	c.routes = c.a.e.paths.routes(rule.rule, c.client, c.to.port)
-	c.try(l, errors.New("the container has no address that fits"))
+	c.routes, c.why = c.a.e.paths.routes(rule.rule, c.client, c.to.port), nil
+	c.try(l)
 }
 
-// giveUp leads c to the next target, or ends it if there is none; err is why this
-// one was no good.
-func (c *kernelConn) giveUp(l *spliceLoop, err error) {
-	if errors.Is(err, unix.ECONNREFUSED) && c.a.e.paths.mayBeGuest(c.to.rule, c.to.port) {
+// giveUp leads c to the next target, or ends it if there is none.
+func (c *kernelConn) giveUp(l *spliceLoop) {
+	if errors.Is(c.why, unix.ECONNREFUSED) && c.a.e.paths.mayBeGuest(c.to.rule, c.client, c.to.port) {
 		c.leave(l, guestTimeout)
 		return
 	}
 	c.to.fail()
 	if !c.elsewhere(l) {
-		c.fail(l, err)
+		c.fail(l, cmp.Or(c.why, errNoAddress))
 	}
 }
 
@@ -187,8 +188,8 @@ func (c *kernelConn) elsewhere(l *spliceLoop) bool {
 	return true
 }
 
-// try begins to connect by the next route; err is why the one before was no good.
-func (c *kernelConn) try(l *spliceLoop, err error) {
+// try begins to connect by the next route.
+func (c *kernelConn) try(l *spliceLoop) {
 	for len(c.routes) > 0 {
 		r := c.routes[0]
 		d, ok := r.dialer.(connecter)
@@ -196,6 +197,7 @@ func (c *kernelConn) try(l *spliceLoop, err error) {
 			c.leave(l, 0)
 			return
 		}
+		var err error
 		if c.inner, err = d.connect(r.src, r.dst); err == nil {
 			c.events[1] = 0
 			if err = l.watch(c.inner, socketEvents, c.slot, 1); err == nil {
@@ -212,12 +214,13 @@ func (c *kernelConn) try(l *spliceLoop, err error) {
 			break
 		}
 	}
-	c.giveUp(l, err)
+	c.giveUp(l)
 }
 
-// next goes on to the next route, if that may lead to a server.
+// next goes on to the next route, if that may lead to a server; err is why this one
+// does not.
 func (c *kernelConn) next(err error) bool {
-	c.routes = c.routes[1:]
+	c.routes, c.why = c.routes[1:], cmp.Or(c.why, err)
 	return errors.Is(err, unix.ECONNREFUSED)
 }
 
@@ -237,10 +240,10 @@ func (c *kernelConn) ready(l *spliceLoop, side int, events uint32) {
 		}
 		c.closeInner()
 		if !c.next(err) {
-			c.giveUp(l, err)
+			c.giveUp(l)
 			return
 		}
-		c.try(l, err)
+		c.try(l)
 	case side == 1 && events&unix.EPOLLOUT != 0:
 		if len(c.left) > 0 && c.to.rule.ctx.Err() != nil && c.elsewhere(l) {
 			return // the rule was removed meanwhile

@@ -113,7 +113,7 @@ func (p *paths) routes(rule Rule, client netip.AddrPort, port uint16) []route {
 	switch {
 	case rule.Target.IsValid():
 		targets = []netip.Addr{rule.Target.Unmap()}
-	case p.addrs.loopbackToLoopback && client.Addr().Unmap().IsLoopback():
+	case p.leadsToLoopback(rule, client):
 		targets = []netip.Addr{loopbackOf(is4), loopbackOf(!is4)}
 	default:
 		targets = []netip.Addr{p.addrs.guestOf(is4), p.addrs.guestOf(!is4)}
@@ -142,6 +142,14 @@ func (p *paths) routes(rule Rule, client netip.AddrPort, port uint16) []route {
 		routes = append(routes, r)
 	}
 	return routes
+}
+
+// leadsToLoopback reports whether rule leads client to the namespace's loopback.
+func (p *paths) leadsToLoopback(rule Rule, client netip.AddrPort) bool {
+	if rule.Target.IsValid() {
+		return rule.Target.IsLoopback()
+	}
+	return p.addrs.loopbackToLoopback && client.Addr().Unmap().IsLoopback()
 }
 
 // kernelReaches reports whether the kernel path is one for a route. What is marked
@@ -195,10 +203,12 @@ func (p *paths) leadsBehind(rule Rule) bool {
 	return behind
 }
 
+var errNoAddress = errors.New("the container has no address that fits")
+
 // dial connects a new inbound flow by the first of its routes that has a server
 // at its end, and returns that route. The error is that of the first route.
 func dial(ctx context.Context, routes []route) (flowConn, route, error) {
-	first := errors.New("the container has no address that fits")
+	first := errNoAddress
 	for i, r := range routes {
 		c, err := r.dial(ctx)
 		if err == nil {
