@@ -309,6 +309,15 @@ func (r Rule) Waiting() Rule {
 	return r
 }
 
+// socketName tells the sockets of rules apart: "systemd:web" and "fd:web" are the
+// same one.
+func (r Rule) socketName() string {
+	if kind, name, _ := strings.Cut(r.Socket, ":"); kind == "systemd" || kind == "fd" {
+		return name
+	}
+	return r.Socket
+}
+
 func (r Rule) checkSockets() error {
 	kind, name, _ := strings.Cut(r.Socket, ":")
 	switch {
@@ -430,7 +439,7 @@ func validIface(name string) bool {
 // and the same interface or one of them without. Free ports never overlap.
 func Overlaps(a, b Rule) bool {
 	if a.Socket != "" || b.Socket != "" {
-		return a.Socket == b.Socket && a.Proto == b.Proto
+		return a.socketName() == b.socketName() && a.Proto == b.Proto
 	}
 	if a.Share && b.Share {
 		return false

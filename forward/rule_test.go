@@ -120,6 +120,7 @@ func TestValidate(t *testing.T) {
 	ok := []Rule{
 		rule("8080:80"), rule("8080:80/udp"), rule("8081-8090:81-90"), rule("8080:80/tcp,out"), rule("80"), rule("80"),
 		rule("%eth0:9000:80"), rule("%eth1:9000:80"), rule("127.0.0.1:9001:80"), rule("127.0.0.2:9001:80"), rule("[::1]:9001:80"),
+		rule("systemd:web:80"), rule("systemd:web:80/udp"), rule("unix:/web:80"), rule("80:80/tcp,share"), rule("80:81/tcp,share"),
 	}
 	require.NoError(t, Validate(ok))
 	for _, tt := range []struct{ bad, want string }{
@@ -129,6 +130,7 @@ func TestValidate(t *testing.T) {
 		{"8080:80/udp", `port rule "8080:80/udp" is given twice`},
 		{"9001:80", `port rules "127.0.0.1:9001:80/tcp" and "9001:80/tcp" overlap: both listen on port 9001/tcp`},
 		{"[::]:9001:80", `port rules "[::1]:9001:80/tcp" and "[::]:9001:80/tcp" overlap: both listen on port 9001/tcp`},
+		{"fd:web:90", `port rules "systemd:web:80/tcp" and "fd:web:90/tcp" are for the same socket`},
 	} {
 		require.EqualError(t, Validate(append(slices.Clip(ok), rule(tt.bad))), tt.want)
 	}
