@@ -475,6 +475,9 @@ func Validate(rules []Rule) error {
 		}
 		order[i] = i
 	}
+	if !conflicting(rules) {
+		return nil
+	}
 	slices.SortStableFunc(order, func(i, j int) int {
 		a, b := rules[i], rules[j]
 		return cmp.Or(cmp.Compare(a.Dir, b.Dir), cmp.Compare(a.Proto, b.Proto),

@@ -3,6 +3,7 @@ package forward
 import (
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"testing"
@@ -160,6 +161,42 @@ func TestValidateHandmade(t *testing.T) {
 		require.ErrorContains(t, err, tt.want)
 		require.ErrorContains(t, err, fmt.Sprintf("%q", tt.r.String()))
 	}
+}
+
+// Which rules are in conflict is found out in another way where it is only whether any
+// are.
+func TestConflicting(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	pick := func(from ...string) string { return from[rnd.IntN(len(from))] }
+	counts := make(map[bool]int)
+	for range 20000 {
+		var rules []Rule
+		for range 2 + rnd.IntN(3) {
+			first := 1 + rnd.IntN(12)
+			text := pick("", "", "127.0.0.1", "127.0.0.2", "0.0.0.0", "[::]", "[::1]", "[fe80::1%eth0]") + pick("", "", "%eth0", "%eth1")
+			ports := fmt.Sprintf("%d-%d", first, first+rnd.IntN(4))
+			if text != "" {
+				text += ":"
+			}
+			text += ports + ":" + ports + pick("/tcp", "/udp") + pick("", "", ",share")
+			if rnd.IntN(4) == 0 {
+				text = pick("80/tcp", "fd:a:80/tcp", "systemd:a:80/udp", "systemd:b:80/tcp", "unix:/a:80/tcp", "9:9/tcp,out")
+			}
+			if parsed, err := ParsePublish(text); err == nil {
+				rules = append(rules, parsed...)
+			}
+		}
+		want := false
+		for i, a := range rules {
+			for _, b := range rules[:i] {
+				want = want || Overlaps(a, b) || a == b && a.Share
+			}
+		}
+		counts[want]++
+		require.Equal(t, want, conflicting(rules), "%s", rules)
+	}
+	require.Greater(t, counts[true], 1000)
+	require.Greater(t, counts[false], 1000)
 }
 
 // 60,000 rules of one port each, which exclusions can make, are checked at once.

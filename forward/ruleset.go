@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"os"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 )
@@ -182,10 +181,15 @@ func (s *ruleSet) plan(c Change) (*plan, error) {
 	if err := s.check(c.Add); err != nil {
 		return nil, err
 	}
+	ids, remove := make(map[int]bool), make(map[int]bool)
+	for _, r := range running {
+		ids[r.id] = true
+	}
 	for _, id := range c.Remove {
-		if !slices.ContainsFunc(running, func(r *activeRule) bool { return r.id == id }) {
+		if !ids[id] {
 			return nil, fmt.Errorf("forward %d: %w", id, ErrNoForward)
 		}
+		remove[id] = true
 	}
 	p := &plan{takeover: make(map[*activeRule]*activeRule), join: make(map[*activeRule]*activeRule)}
 	have := make(map[Rule]*activeRule)
@@ -194,19 +198,19 @@ func (s *ruleSet) plan(c Change) (*plan, error) {
 		wanted[rule] = true
 	}
 	for _, r := range running {
-		if slices.Contains(c.Remove, r.id) || c.Replace && !wanted[r.rule] {
+		if remove[r.id] || c.Replace && !wanted[r.rule] {
 			p.leave = append(p.leave, r)
 		} else {
 			p.stay = append(p.stay, r)
 			have[r.rule] = r
 		}
 	}
+	if err := conflict(c.Add, have, p.stay); err != nil {
+		return nil, err
+	}
 	for _, rule := range c.Add {
 		r := have[rule]
 		if r == nil {
-			if err := conflict(rule, p.stay); err != nil {
-				return nil, err
-			}
 			s.lastID++
 			r = newActiveRule(s.tcp.ctx, s.lastID, rule)
 			r.setPath(s.paths.describe(rule))
@@ -222,24 +226,29 @@ func (s *ruleSet) plan(c Change) (*plan, error) {
 // for which one has come.
 func (p *plan) assignSockets(sockets []Socket) {
 	passed := func(r Rule) bool {
-		_, name, _ := strings.Cut(r.Socket, ":")
-		return r.Socket != "" && slices.ContainsFunc(sockets, func(s Socket) bool { return s.Name == name })
+		return r.Socket != "" && slices.ContainsFunc(sockets, func(s Socket) bool { return s.Name == r.socketName() })
 	}
-	taken := make(map[*activeRule]bool)
-	for i, r := range p.enter {
-		same := func(other *activeRule) bool { return !taken[other] && sameListeners(r.rule, other.rule) }
-		if at := slices.IndexFunc(p.leave, same); at >= 0 && r.rule.Proto == TCP && !passed(r.rule) {
-			p.takeover[r] = p.leave[at]
-			taken[p.leave[at]] = true
+	leave, share := make(map[Rule][]*activeRule), make(map[Rule]*activeRule)
+	for _, r := range p.leave {
+		leave[r.rule.listening()] = append(leave[r.rule.listening()], r)
+	}
+	for _, r := range p.stay {
+		if r.rule.Share {
+			share[r.rule.listening()] = r
+		}
+	}
+	for _, r := range p.enter {
+		if !r.rule.keepsListeners() {
 			continue
 		}
-		if !r.rule.Share {
-			continue
+		at := r.rule.listening()
+		if old := leave[at]; len(old) > 0 && r.rule.Proto == TCP && !passed(r.rule) {
+			p.takeover[r], leave[at] = old[0], old[1:]
+		} else if with := share[at]; with != nil {
+			p.join[r] = with
 		}
-		for _, with := range [][]*activeRule{p.stay, p.enter[:i]} {
-			if at := slices.IndexFunc(with, same); at >= 0 {
-				p.join[r] = with[at]
-			}
+		if r.rule.Share {
+			share[at] = r
 		}
 	}
 }
@@ -257,11 +266,22 @@ func (s *ruleSet) check(rules []Rule) error {
 	return nil
 }
 
-// conflict returns an error if r overlaps one of those that stay.
-func conflict(r Rule, stay []*activeRule) error {
-	for _, other := range stay {
-		if Overlaps(r, other.rule) {
-			return &ConflictError{Rule: r, With: other.status()}
+// conflict returns an error if one of add that we don't have overlaps one of those
+// that stay.
+func conflict(add []Rule, have map[Rule]*activeRule, stay []*activeRule) error {
+	all := make([]Rule, 0, len(stay)+len(add))
+	for _, r := range stay {
+		all = append(all, r.rule)
+	}
+	fresh := slices.DeleteFunc(slices.Clone(add), func(r Rule) bool { return have[r] != nil })
+	if !conflicting(append(all, fresh...)) {
+		return nil
+	}
+	for _, r := range fresh {
+		for _, other := range stay {
+			if Overlaps(r, other.rule) {
+				return &ConflictError{Rule: r, With: other.status()}
+			}
 		}
 	}
 	return nil
@@ -279,11 +299,8 @@ func (old *activeRule) listensFor(r Rule) bool {
 	})
 }
 
-// sameListeners reports whether a and b differ only in where they lead, and have
-// the same sockets from their beginning to their end.
-func sameListeners(a, b Rule) bool {
-	return a.listening() == b.listening() && !a.free() && !a.Auto && !a.Wait
-}
+// keepsListeners reports whether r has the same sockets from its beginning to its end.
+func (r Rule) keepsListeners() bool { return !r.free() && !r.Auto && !r.Wait }
 
 // listening returns r without what says where it leads.
 func (r Rule) listening() Rule {
