@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -190,10 +191,14 @@ func openPIDFile(path string) (*pidFile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("write pid file: %w", err)
 	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	ours := err == nil
 	if errors.Is(err, fs.ErrExist) {
-		f, err = os.OpenFile(path, os.O_WRONLY, 0)
+		how := os.O_WRONLY
+		if st, err := os.Stat(path); err == nil && st.Mode().IsRegular() {
+			how = os.O_RDWR
+		}
+		f, err = os.OpenFile(path, how, 0)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("write pid file: %w", err)
@@ -209,21 +214,31 @@ func openPIDFile(path string) (*pidFile, error) {
 // write puts our process id into the file.
 func (p *pidFile) write() error {
 	p.ours = true
-	st, err := p.Stat()
-	if err == nil && st.Mode().IsRegular() {
+	regular := isRegular(p.File)
+	var err error
+	if regular {
 		err = p.Truncate(0)
 	}
 	if err == nil {
 		_, err = fmt.Fprintln(p, os.Getpid())
 	}
-	if err = errors.Join(err, p.Close()); err != nil {
+	if !regular { // whoever reads it waits for the end
+		err = errors.Join(err, p.Close())
+	}
+	if err != nil {
 		return fmt.Errorf("write pid file: %w", err)
 	}
 	return nil
 }
 
+// remove removes the file, unless it is the next gofwd's by now.
 func (p *pidFile) remove() {
-	p.Close()
+	defer p.Close()
+	b := make([]byte, 32)
+	n, _ := p.ReadAt(b, 0)
+	if said := strings.TrimSpace(string(b[:n])); said != "" && said != strconv.Itoa(os.Getpid()) {
+		return
+	}
 	if st, err := os.Lstat(p.own.path); p.ours && err == nil && st.Mode().IsRegular() { // not /dev/stdout
 		p.own.remove()
 	}
