@@ -105,6 +105,7 @@ type rootlessport struct {
 	control   *net.UnixListener // nil if there can be none
 	socket    ownFile
 	reload    *net.UnixListener // nil without RootlessCNI
+	reloadOwn ownFile
 	wg        sync.WaitGroup
 }
 
@@ -234,6 +235,9 @@ func (r *rootlessport) listenReload() error {
 		return fmt.Errorf("make reload socket: %w", err)
 	}
 	r.reload.SetUnlinkOnClose(false) // by then that name means something else
+	if r.reloadOwn, err = newOwnFile(filepath.Join(dir, r.cfg.ContainerID)); err != nil {
+		return fmt.Errorf("make reload socket: %w", err)
+	}
 	r.wg.Add(1)
 	go r.serveReload()
 	return nil
@@ -241,7 +245,7 @@ func (r *rootlessport) listenReload() error {
 
 func (r *rootlessport) serveReload() {
 	defer r.wg.Done()
-	defer os.Remove(filepath.Join(r.cfg.TmpDir, "rp", r.cfg.ContainerID))
+	defer r.reloadOwn.remove()
 	for {
 		c, err := r.reload.AcceptUnix()
 		if errors.Is(err, net.ErrClosed) {

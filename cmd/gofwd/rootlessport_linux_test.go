@@ -123,3 +123,19 @@ func TestRootlessport(t *testing.T) {
 	require.NoError(t, err)
 	require.Empty(t, left)
 }
+
+// One that ends after the next of its container has begun leaves that its socket.
+func TestReloadSocketOfTwo(t *testing.T) {
+	cfg := rootlessportConfig{TmpDir: t.TempDir(), ContainerID: "fa8cc9"}
+	path := filepath.Join(cfg.TmpDir, "rp", cfg.ContainerID)
+	first, second := &rootlessport{cfg: cfg}, &rootlessport{cfg: cfg}
+	for _, r := range []*rootlessport{first, second} {
+		require.NoError(t, r.listenReload())
+	}
+	first.reload.Close()
+	first.wg.Wait()
+	require.FileExists(t, path)
+	second.reload.Close()
+	second.wg.Wait()
+	require.NoFileExists(t, path)
+}
