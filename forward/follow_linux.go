@@ -95,7 +95,7 @@ func (s *ruleSet) reconcile() (again time.Duration) {
 	s.changing.Lock()
 	defer s.changing.Unlock()
 	rules, _ := s.list()
-	open := map[Dir][]netnsutil.Listener{}
+	open := map[Dir]*[]netnsutil.Listener{}
 	for _, r := range rules {
 		if !r.rule.Auto && !r.rule.Wait {
 			continue
@@ -105,8 +105,11 @@ func (s *ruleSet) reconcile() (again time.Duration) {
 			if _, asked := open[r.rule.Dir]; !asked {
 				open[r.rule.Dir] = s.listeners(r.rule.Dir)
 			}
-			wanted = s.wantedPorts(r.rule, open[r.rule.Dir], rules)
 			again = pollListeners
+			if open[r.rule.Dir] == nil {
+				continue // not known just now: it stays as it is
+			}
+			wanted = s.wantedPorts(r.rule, *open[r.rule.Dir], rules)
 		} else {
 			wanted = allPorts(r.rule)
 		}
@@ -131,16 +134,23 @@ func allPorts(r Rule) map[uint16]bool {
 }
 
 // listeners returns the sockets that listen where rules of a direction lead: in
-// the namespace, or on the host. Where they can't be listed nothing is known, and
-// that is none.
-func (s *ruleSet) listeners(dir Dir) []netnsutil.Listener {
+// the namespace, or on the host; nil if they can't be listed.
+func (s *ruleSet) listeners(dir Dir) *[]netnsutil.Listener {
 	f := &s.follower
 	list, err := f.ask(dir, s.binder.ns)
 	if err != nil && !f.warned {
 		f.warned = true
 		s.log.Warn("listeners can't be followed", "err", err)
 	}
-	return list
+	// Without udp_diag those of TCP, which come first, are all there.
+	if err == nil || errors.Is(err, unix.ENOENT) {
+		return &list
+	}
+	if d := f.diags[dir]; d != nil { // the rest of an answer may be in it
+		d.Close()
+		f.diags[dir] = nil
+	}
+	return nil
 }
 
 func (f *follower) ask(dir Dir, ns *netnsutil.NS) ([]netnsutil.Listener, error) {

@@ -4,10 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -232,6 +235,40 @@ func TestNamedSockets(t *testing.T) {
 	}
 	_, err = f.Add(rule("systemd:www:80"))
 	require.ErrorContains(t, err, `listen on systemd:www: no socket of that name was passed, only "web", "web"`)
+}
+
+// What Auto has published stays while the listeners can't be listed.
+func TestAutoWhenNothingIsKnown(t *testing.T) {
+	ns := newNS(t)
+	port := echoServer(t, ns)
+	var log syncBuffer
+	f, _ := start(t, Config{
+		NetNS: ns, Rules: []Rule{rule(fmt.Sprintf("8080:%d/tcp,auto", port))}, Logger: slog.New(slog.NewTextHandler(&log, nil)),
+	})
+	require.Eventually(t, func() bool { return len(f.Status().Rules[0].Bound) == 1 }, 5*time.Second, time.Millisecond)
+	sub := f.Subscribe()
+	defer sub.Close()
+	for range 2 {
+		breakDiag(t, f)
+		time.Sleep(3 * pollListeners)
+	}
+	require.Len(t, f.Status().Rules[0].Bound, 1)
+	require.Empty(t, sub.C())
+	require.Equal(t, 1, strings.Count(log.String(), "listeners can't be followed"), "%s", &log)
+}
+
+// breakDiag makes the next question for listeners fail.
+func breakDiag(t *testing.T, f *Forwarder) {
+	t.Helper()
+	null, err := os.Open(os.DevNull) // which can't be written
+	require.NoError(t, err)
+	defer null.Close()
+	f.rules.changing.Lock()
+	defer f.rules.changing.Unlock()
+	d := f.rules.follower.diags[In]
+	require.NotNil(t, d)
+	fd := reflect.ValueOf(d).Elem().FieldByName("fd").Int()
+	require.NoError(t, unix.Dup3(int(null.Fd()), int(fd), unix.O_CLOEXEC))
 }
 
 // Auto publishes within 200 ms of listen(2) what can be reached, and no longer
