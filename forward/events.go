@@ -26,7 +26,7 @@ type Event struct {
 	// Forward is set for the events of forwards, Flow for those of flows.
 	Forward *RuleStatus `json:"forward,omitempty"`
 	Flow    *Flow       `json:"flow,omitempty"`
-	// Lost counts the events that are missing before this one.
+	// Lost counts the events that are missing in its place.
 	Lost int64 `json:"lost,omitempty"`
 }
 
@@ -34,7 +34,7 @@ type Event struct {
 type Subscription struct {
 	hub  *eventHub
 	c    chan Event
-	lost atomic.Int64
+	lost int64 // after the last one in c; guarded by the hub's mu
 }
 
 // eventQueue is how many events wait for a subscriber, some 100 KB.
@@ -44,12 +44,21 @@ const eventQueue = 1024
 func (f *Forwarder) Subscribe() *Subscription { return f.events.subscribe() }
 
 // C returns the channel of events. It is closed by Close, and when the Forwarder
-// has ended. It holds a thousand events for a slow receiver; those that are too
-// many are counted, see Lost.
+// has ended. It holds a thousand events for a slow receiver; in place of those that
+// are too many there is one of type [EventsLost] before the next one.
 func (s *Subscription) C() <-chan Event { return s.c }
 
-// Lost returns how many events were dropped since the last call.
-func (s *Subscription) Lost() int64 { return s.lost.Swap(0) }
+// Lost returns how many events were dropped after the last one that C delivered, and
+// forgets them; 0 while C holds more. It is for those who would not like to be told
+// with the next event only.
+func (s *Subscription) Lost() (n int64) {
+	s.hub.mu.Lock()
+	defer s.hub.mu.Unlock()
+	if len(s.c) == 0 {
+		n, s.lost = s.lost, 0
+	}
+	return n
+}
 
 // Close ends the subscription. It is idempotent.
 func (s *Subscription) Close() {
@@ -117,10 +126,21 @@ func (h *eventHub) publish(e Event) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for s := range h.subs {
-		select {
-		case s.c <- e:
-		default:
-			s.lost.Add(1)
+		if s.lost == 0 || s.put(Event{Time: e.Time, Type: EventsLost, Lost: s.lost}) {
+			s.lost = 0
 		}
+		if s.lost > 0 || !s.put(e) {
+			s.lost++
+		}
+	}
+}
+
+// put is false if there is no room.
+func (s *Subscription) put(e Event) bool {
+	select {
+	case s.c <- e:
+		return true
+	default:
+		return false
 	}
 }

@@ -55,13 +55,12 @@ func (h *handler) getEvents(w http.ResponseWriter, r *http.Request) error {
 			if !ok {
 				return nil
 			}
-			if lost := sub.Lost(); lost > 0 {
-				if lines.Encode(forward.Event{Time: time.Now(), Type: forward.EventsLost, Lost: lost}) != nil {
-					return nil
-				}
+			err := lines.Encode(e)
+			if lost := sub.Lost(); lost > 0 && err == nil {
+				err = lines.Encode(forward.Event{Time: time.Now(), Type: forward.EventsLost, Lost: lost})
 			}
-			if lines.Encode(e) != nil {
-				return nil
+			if err != nil {
+				return nil //nolint:nilerr // the client has gone
 			}
 		}
 	}
