@@ -35,6 +35,14 @@ type rig struct {
 	ns     *netnsutil.NS
 	socket string
 	client *http.Client
+	srv    *Server
+}
+
+// conns is how many clients the server has.
+func (r *rig) conns() int {
+	r.srv.mu.Lock()
+	defer r.srv.mu.Unlock()
+	return len(r.srv.conns)
 }
 
 func newRig(t *testing.T) *rig {
@@ -47,6 +55,7 @@ func newRig(t *testing.T) *rig {
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: r.socket, Net: "unix"})
 	require.NoError(t, err)
 	s := NewServer(Config{Forwarder: f, Version: "1.2.3"})
+	r.srv = s
 	served := make(chan error)
 	go func() { served <- s.Serve(l) }()
 	t.Cleanup(func() {
@@ -282,6 +291,36 @@ func TestLease(t *testing.T) {
 		return len(s.Rules) == 1 && s.Rules[0].Rule.Proto == forward.UDP // what was there before stays
 	}, 5*time.Second, 5*time.Millisecond)
 	refused(t, "127.0.0.1:8080")
+}
+
+// A client that has sent more than its request, as much as the socket takes, is seen to
+// go like any other.
+func TestStreamsEndWithTheirClients(t *testing.T) {
+	r := newRig(t)
+	const lease = `{"add":["8080:80"],"lease":true}`
+	for _, request := range []string{
+		"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n",
+		"GET /v1/capture HTTP/1.1\r\nHost: x\r\n\r\n",
+		fmt.Sprintf("POST /v1/forwards HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(lease), lease),
+	} {
+		for _, stray := range []int{0, 1, 10 << 20} {
+			c, err := net.Dial("unix", r.socket)
+			require.NoError(t, err)
+			_, err = io.WriteString(c, request)
+			require.NoError(t, err)
+			resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+			require.NoError(t, err)
+			require.Equal(t, 200, resp.StatusCode, request)
+			time.Sleep(20 * time.Millisecond)
+			c.SetWriteDeadline(time.Now().Add(50 * time.Millisecond))
+			c.Write(make([]byte, stray))
+			time.Sleep(20 * time.Millisecond)
+			require.Equal(t, 1, r.conns(), "%d bytes past %s", stray, request)
+			c.Close()
+			require.Eventually(t, func() bool { return r.conns() == 0 }, 5*time.Second, 5*time.Millisecond, "%d bytes past %s", stray, request)
+			require.Empty(t, r.f.Status().Rules)
+		}
+	}
 }
 
 // sendFDs makes a request with descriptors.

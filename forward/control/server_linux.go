@@ -293,6 +293,21 @@ func (c *conn) Close() error {
 	return c.UnixConn.Close()
 }
 
+// waitHangup calls gone when the other end of a socket has been closed or will write no
+// more, whatever is still to be read, or when f is closed.
+func waitHangup(f *os.File, gone func()) {
+	defer gone()
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = raw.Read(func(fd uintptr) bool {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(p, 0)
+		return n > 0 || err != nil && err != unix.EINTR
+	})
+}
+
 type connKey struct{}
 
 // connOf returns the connection that a request came by, nil if it isn't ours.

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -35,6 +36,20 @@ func (s *stream) Write(b []byte) (int, error) {
 	return n, err
 }
 
+// untilGone returns a context that ends with the client's connection. The request's
+// own does not, once the client has sent a byte past the request: net/http keeps that
+// for the next request, and reads no further.
+func untilGone(r *http.Request) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(r.Context())
+	if c := connOf(ctx); c != nil {
+		if f, err := c.File(); err == nil {
+			context.AfterFunc(ctx, func() { f.Close() })
+			go waitHangup(f, cancel)
+		}
+	}
+	return ctx, cancel
+}
+
 // ndjson is a JSON value in each line.
 const ndjson = "application/x-ndjson"
 
@@ -46,10 +61,12 @@ func (h *handler) getEvents(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return nil //nolint:nilerr // the client has gone
 	}
+	ctx, cancel := untilGone(r)
+	defer cancel()
 	lines := json.NewEncoder(s)
 	for {
 		select {
-		case <-r.Context().Done():
+		case <-ctx.Done():
 			return nil
 		case e, ok := <-sub.C():
 			if !ok {
@@ -76,7 +93,9 @@ func (h *handler) getCapture(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	frames := &lazyStream{w: w}
-	if err := h.Forwarder.Capture(r.Context(), id, frames); frames.s == nil {
+	ctx, cancel := untilGone(r)
+	defer cancel()
+	if err := h.Forwarder.Capture(ctx, id, frames); frames.s == nil {
 		return err
 	}
 	return nil // too late for an error: the client has gone
@@ -107,7 +126,9 @@ func (h *handler) lease(w http.ResponseWriter, r *http.Request, changed forward.
 	if err != nil || json.NewEncoder(s).Encode(changed) != nil {
 		return nil
 	}
-	<-r.Context().Done()
+	ctx, cancel := untilGone(r)
+	defer cancel()
+	<-ctx.Done()
 	return nil
 }
 
