@@ -197,7 +197,7 @@ func (r *rootlessport) sandbox() *sandbox {
 
 func (r *rootlessport) serveControl() {
 	defer r.wg.Done()
-	s := http.Server{Handler: control.Handler(r.forwarder), ReadHeaderTimeout: 10 * time.Second}
+	s := http.Server{Handler: control.Handler(r.forwarder), ReadTimeout: control.Timeout}
 	_ = s.Serve(r.control) // ends with close
 }
 

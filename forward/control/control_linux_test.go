@@ -323,6 +323,86 @@ func TestStreamsEndWithTheirClients(t *testing.T) {
 	}
 }
 
+// What is too much is refused, and nothing else: a request whose body never comes is
+// none yet, and more than can be answered are told so.
+func TestTooManyRequests(t *testing.T) {
+	r := newRig(t)
+	send := func(text string) net.Conn {
+		t.Helper()
+		c, err := net.Dial("unix", r.socket)
+		require.NoError(t, err)
+		t.Cleanup(func() { c.Close() })
+		_, err = io.WriteString(c, text)
+		require.NoError(t, err)
+		return c
+	}
+	for range MaxConns + 100 {
+		send("POST /v1/ports HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+	}
+	code, got := r.do(t, "GET", "/v1/ports", "")
+	require.Equal(t, 200, code, got)
+	require.LessOrEqual(t, r.conns(), MaxConns)
+	answered := func(c net.Conn) {
+		t.Helper()
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		require.NoError(t, err)
+		require.Equal(t, 200, resp.StatusCode)
+	}
+	var streams []net.Conn
+	for range maxBusy {
+		streams = append(streams, send("GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n"))
+		answered(streams[len(streams)-1])
+	}
+	for _, body := range []string{"", `{"forwards":[]}`} {
+		code, got := r.do(t, map[bool]string{true: "GET", false: "PUT"}[body == ""], "/v1/ports", body)
+		require.Equal(t, 503, code)
+		require.JSONEq(t, `{"message":"448 requests are being answered, and no more can be"}`, got)
+	}
+	streams[0].Close()
+	require.Eventually(t, func() bool {
+		code, _ := r.do(t, "GET", "/v1/ports", "")
+		return code == 200
+	}, 5*time.Second, time.Millisecond)
+}
+
+// A body that nobody has asked for, and that never comes, delays the answer for as long
+// as the client may take to send it.
+func TestBodyNeverComes(t *testing.T) {
+	r := newRig(t)
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+	require.NoError(t, err)
+	s := NewServer(Config{Forwarder: r.f})
+	s.http.ReadTimeout /= 100
+	go s.Serve(l)
+	t.Cleanup(func() { s.Close() })
+	for request, code := range map[string]int{
+		"POST /v1/reload": 501, "GET /v1/status": 200, "GET /v1/events": 200, "DELETE /v1/ports/1": 404,
+	} {
+		c, err := net.Dial("unix", socket)
+		require.NoError(t, err)
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(5 * time.Second))
+		fmt.Fprintf(c, "%s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n", request)
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		require.NoError(t, err, request)
+		require.Equal(t, code, resp.StatusCode, request)
+	}
+
+	// An answer without an end takes longer than that.
+	c, err := net.Dial("unix", socket)
+	require.NoError(t, err)
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(5 * time.Second))
+	const lease = `{"add":["8080:80"],"lease":true}`
+	fmt.Fprintf(c, "POST /v1/forwards HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s", len(lease), lease)
+	_, err = http.ReadResponse(bufio.NewReader(c), nil)
+	require.NoError(t, err)
+	time.Sleep(3 * s.http.ReadTimeout)
+	require.Len(t, r.f.Status().Rules, 1)
+}
+
 // sendFDs makes a request with descriptors.
 func (r *rig) sendFDs(t *testing.T, body string, fds ...int) (int, string) {
 	t.Helper()

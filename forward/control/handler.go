@@ -62,8 +62,13 @@ func (h *handler) routes() map[string]func(http.ResponseWriter, *http.Request) e
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if c := connOf(r.Context()); c != nil {
-		c.setBusy(true)
-		defer c.setBusy(false)
+		defer c.end()
+		if r.ContentLength == 0 { // else readJSON begins
+			if err := c.begin(); err != nil {
+				writeError(w, err)
+				return
+			}
+		}
 		defer func() { // what this request did not name is not the next one's
 			for _, f := range c.takeFiles() {
 				f.Close()
@@ -137,7 +142,7 @@ func statusOf(err error) int {
 		return http.StatusForbidden
 	case errors.Is(err, errors.ErrUnsupported):
 		return http.StatusNotImplemented
-	case errors.Is(err, net.ErrClosed), errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
+	case errors.Is(err, net.ErrClosed), errors.Is(err, errTooMany), errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
 		return http.StatusServiceUnavailable
 	}
 	return http.StatusBadRequest
@@ -177,7 +182,7 @@ func readJSON(w http.ResponseWriter, r *http.Request, v any) error {
 	}
 	// Whoever waits for the end of a stream must not meet that deadline.
 	_ = control.SetReadDeadline(time.Time{})
-	return nil
+	return connOf(r.Context()).begin()
 }
 
 func (h *handler) getStatus(w http.ResponseWriter, _ *http.Request) error {

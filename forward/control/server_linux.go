@@ -24,6 +24,8 @@ const (
 	Timeout = 10 * time.Second
 	// MaxConns is how many connections a Server has at once.
 	MaxConns = 512
+	// maxBusy is how many requests are answered at once; others are told so.
+	maxBusy = MaxConns - 64
 	// idleTimeout is how long a connection may rest between two requests.
 	idleTimeout = time.Minute
 )
@@ -47,8 +49,9 @@ type Server struct {
 	http *http.Server
 	log  *slog.Logger
 
-	mu    sync.Mutex // guards conns
+	mu    sync.Mutex // guards the following fields, and those of conns that are said to be
 	conns map[*conn]struct{}
+	busy  int // how many of them are
 }
 
 // NewServer returns a Server that listens nowhere yet.
@@ -59,14 +62,14 @@ func NewServer(cfg Config) *Server {
 	}
 	base, end := context.WithCancel(context.Background())
 	s.http = &http.Server{
-		Handler:           newHandler(cfg),
-		ReadHeaderTimeout: Timeout,
-		WriteTimeout:      Timeout,
-		IdleTimeout:       idleTimeout,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
-		BaseContext:       func(net.Listener) context.Context { return base },
-		ConnContext:       func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
+		Handler:        newHandler(cfg),
+		ReadTimeout:    Timeout,
+		WriteTimeout:   Timeout,
+		IdleTimeout:    idleTimeout,
+		MaxHeaderBytes: 16 << 10,
+		ErrorLog:       slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+		BaseContext:    func(net.Listener) context.Context { return base },
+		ConnContext:    func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) },
 	}
 	s.http.RegisterOnShutdown(end)
 	return s
@@ -187,10 +190,12 @@ func (l *listener) Accept() (net.Conn, error) {
 type conn struct {
 	*net.UnixConn
 	server *Server
-	since  time.Time
 
-	mu    sync.Mutex // guards the following fields
-	busy  bool       // a complete request is being answered
+	// The server's mu guards these.
+	since time.Time
+	busy  bool // a complete request is being answered
+
+	mu    sync.Mutex // guards files
 	files []*os.File
 }
 
@@ -201,7 +206,7 @@ func (s *Server) enter(u *net.UnixConn) *conn {
 	s.mu.Lock()
 	if len(s.conns) >= MaxConns {
 		for other := range s.conns {
-			if (oldest == nil || other.since.Before(oldest.since)) && !other.isBusy() {
+			if (oldest == nil || other.since.Before(oldest.since)) && !other.busy {
 				oldest = other
 			}
 		}
@@ -214,21 +219,35 @@ func (s *Server) enter(u *net.UnixConn) *conn {
 	return c
 }
 
-func (c *conn) isBusy() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.busy
+var errTooMany = fmt.Errorf("%d requests are being answered, and no more can be", maxBusy)
+
+// begin says that a complete request is to be answered, if that can be. It may be called
+// on nil, for a connection that isn't ours.
+func (c *conn) begin() error {
+	if c == nil {
+		return nil
+	}
+	s := c.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.busy >= maxBusy {
+		return errTooMany
+	}
+	c.busy = true
+	s.busy++
+	return nil
 }
 
-// setBusy says whether a request is being answered. The clock of those that
-// aren't starts anew.
-func (c *conn) setBusy(busy bool) {
-	c.server.mu.Lock()
+// end says that no request is being answered. The clock of the connection starts anew.
+func (c *conn) end() {
+	s := c.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	c.since = time.Now()
-	c.server.mu.Unlock()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.busy = busy
+	if c.busy {
+		c.busy = false
+		s.busy--
+	}
 }
 
 // maxFiles is how many descriptors a client may have sent that no request of his
@@ -248,7 +267,7 @@ func (c *conn) Read(b []byte) (int, error) {
 	if n == 0 && err == nil {
 		err = io.EOF
 	}
-	return n, err
+	return max(n, 0), err // which is -1 with an error
 }
 
 func (c *conn) keep(oob []byte) {

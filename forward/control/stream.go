@@ -20,7 +20,6 @@ type stream struct {
 // newStream begins an answer, which the client sees at once.
 func newStream(w http.ResponseWriter, contentType string) (*stream, error) {
 	s := &stream{w, http.NewResponseController(w)}
-	_ = s.control.SetReadDeadline(time.Time{})
 	_ = s.control.SetWriteDeadline(time.Now().Add(Timeout))
 	w.Header().Set("Content-Type", contentType)
 	w.WriteHeader(http.StatusOK)
