@@ -38,7 +38,7 @@ func (e *configError) Error() string { return fmt.Sprintf("%s:%d: %v", e.file, e
 func (e *configError) Unwrap() error { return e.err }
 
 // notInConfig are options that are about one process and its parent.
-var notInConfig = []string{"config", "help", "ready-fd", "exit-fd", "detached-fd", "inner", "inner-netns", "inner-socket"}
+var notInConfig = []string{"config", "help", "ready-fd", "exit-fd", "detached-fd", "inner", "inner-netns", "inner-socket", "inner-append"}
 
 // loadConfig sets the options of --config. The command line wins over the file, and
 // of options that may be given several times both count.

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -127,6 +128,7 @@ const (
 	innerOption       = "--inner"
 	innerNetNSOption  = "--inner-netns"
 	innerSocketOption = "--inner-socket"
+	innerAppendOption = "--inner-append"
 	detachedFDOption  = "--detached-fd"
 )
 
@@ -278,4 +280,20 @@ func openCapture(path string) (*os.File, error) {
 		return nil, fmt.Errorf("write capture: %w", err)
 	}
 	return f, nil
+}
+
+// pcapHeaderLen is how long the header of a capture is, which it has once.
+const pcapHeaderLen = 24
+
+// appended is a writer that leaves out the next bytes.
+type appended struct {
+	io.Writer
+	skip int
+}
+
+func (a *appended) Write(b []byte) (int, error) {
+	skipped := min(a.skip, len(b))
+	a.skip -= skipped
+	n, err := a.Writer.Write(b[skipped:])
+	return skipped + n, err
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"time"
@@ -69,7 +70,13 @@ type options struct {
 	inner        bool
 	innerNetNS   string
 	innerSockets []string
+	innerAppend  bool // to the capture
 	detachedFD   int
+
+	// With --follow what is opened by the first attach is for the next ones too.
+	attached bool
+	capture  *os.File         // nil without --pcap
+	sockets  []forward.Socket // that systemd passed
 }
 
 // flagSection is a group of flags under a title, as --help and the man page
@@ -91,7 +98,7 @@ func (o *options) addTo(cmd *cobra.Command, own *pflag.FlagSet) {
 	cmd.Flags().SortFlags = false
 	// What follows the first argument is COMMAND's.
 	cmd.Flags().SetInterspersed(false)
-	for _, hidden := range []string{"inner", "inner-netns", "inner-socket", "detached-fd"} {
+	for _, hidden := range []string{"inner", "inner-netns", "inner-socket", "inner-append", "detached-fd"} {
 		_ = cmd.Flags().MarkHidden(hidden)
 	}
 	completeWords(cmd, "datapath", "auto", "tap", "kernel")
@@ -155,6 +162,7 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 	process.BoolVar(&o.inner, "inner", false, "")
 	process.StringVar(&o.innerNetNS, "inner-netns", "", "")
 	process.StringArrayVar(&o.innerSockets, "inner-socket", nil, "")
+	process.BoolVar(&o.innerAppend, "inner-append", false, "")
 	process.IntVar(&o.detachedFD, "detached-fd", -1, "")
 
 	return []flagSection{

@@ -81,6 +81,9 @@ func newInner(o *options) (*inner, error) {
 	}
 	if f := files["capture"]; f != nil {
 		i.capture = f
+		if o.innerAppend {
+			i.capture = &appended{f, pcapHeaderLen}
+		}
 	}
 	if err := closeInheritedOnExec(); err != nil {
 		return nil, err

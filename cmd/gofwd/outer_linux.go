@@ -115,17 +115,20 @@ func openOuter(o *options, argv []string, hint string) (_ *outer, err error) {
 			return nil, err
 		}
 	}
-	if u.sockets, err = takeListenFDs(); err != nil {
-		return nil, err
+	if !o.attached {
+		if o.sockets, err = takeListenFDs(); err != nil {
+			return nil, err
+		}
 	}
 	if err := closeInheritedOnExec(); err != nil {
 		return nil, err
 	}
-	if o.pcap != "" {
-		if u.capture, err = openCapture(o.pcap); err != nil {
+	if o.pcap != "" && !o.attached {
+		if o.capture, err = openCapture(o.pcap); err != nil {
 			return nil, err
 		}
 	}
+	u.sockets, u.capture = o.sockets, o.capture
 	if o.pidFile != "" {
 		if u.pid, err = openPIDFile(o.pidFile); err != nil {
 			return nil, err
@@ -160,10 +163,16 @@ func (u *outer) close() {
 	if u.pid != nil {
 		u.pid.remove()
 	}
-	for _, f := range []*os.File{u.capture, u.readyFD, u.exitFD, u.detached} {
+	for _, f := range []*os.File{u.readyFD, u.exitFD, u.detached} {
 		if f != nil {
 			f.Close()
 		}
+	}
+	if u.opts.follow {
+		return
+	}
+	if u.capture != nil {
+		u.capture.Close()
 	}
 	for _, s := range u.sockets {
 		s.File.Close()
@@ -229,6 +238,9 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 		cfg.Files = append(cfg.Files, f)
 	}
 	again := []string{innerOption, innerNetNSOption + "=" + path}
+	if u.opts.attached {
+		again = append(again, innerAppendOption)
+	}
 	for _, s := range u.sockets {
 		cfg.Files = append(cfg.Files, s.File)
 		again = append(again, innerSocketOption+"="+s.Name)

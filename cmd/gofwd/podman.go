@@ -128,7 +128,7 @@ func (o *options) attachContainer(ctx context.Context) error {
 			o.pid = pid
 			err = o.attach(ctx)
 			// Whoever waited for readiness knows.
-			o.detach, o.readyFD, o.detachedFD = false, -1, -1
+			o.detach, o.readyFD, o.detachedFD, o.attached = false, -1, -1, true
 		}
 		switch {
 		case err != nil && (first || !o.follow || !errors.Is(err, os.ErrNotExist) && !errors.Is(err, errNotRunning)):

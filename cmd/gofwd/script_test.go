@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -46,6 +47,7 @@ var programs = map[string]func(){
 	"serve":        serveMain,
 	"fetch":        fetchMain,
 	"notified":     notifiedMain,
+	"activated":    activatedMain,
 	"sandboxed":    sandboxedMain,
 }
 
@@ -198,6 +200,22 @@ func notifiedMain() {
 	check(err)
 	fmt.Printf("%s\n", bytes.ReplaceAll(buf[:n], []byte(strconv.Itoa(cmd.Process.Pid)), []byte("PID")))
 	check(cmd.Wait())
+}
+
+// activated NAME ADDRESS COMMAND [ARG]... becomes a command that is passed a TCP socket,
+// as systemd passes it.
+func activatedMain() {
+	l, err := net.Listen("tcp", os.Args[2])
+	check(err)
+	f, err := l.(*net.TCPListener).File()
+	check(err)
+	if f.Fd() != listenFDsStart {
+		check(syscall.Dup3(int(f.Fd()), listenFDsStart, 0))
+	}
+	path, err := exec.LookPath(os.Args[3])
+	check(err)
+	env := append(os.Environ(), "LISTEN_FDS=1", "LISTEN_FDNAMES="+os.Args[1], "LISTEN_PID="+strconv.Itoa(os.Getpid()))
+	check(syscall.Exec(path, os.Args[3:], env))
 }
 
 func check(err error) {
