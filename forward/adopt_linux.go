@@ -117,11 +117,17 @@ func adoptSocket(r Rule, file *os.File) (*boundListener, error) {
 		return l, nil
 	case *net.TCPListener:
 		l.tcp = ln
-		if err := controlFD(ln, prepareTCP); err != nil {
+		l.address = l.addr()
+		err := controlFD(ln, func(fd int) error {
+			if l.address.Addr().IsLoopback() {
+				staysLocal(fd)
+			}
+			return prepareTCP(fd)
+		})
+		if err != nil {
 			ln.Close()
 			return nil, err
 		}
-		l.address = l.addr()
 		return l, nil
 	}
 	ln.Close()

@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -86,6 +87,13 @@ func TestLocalConnectionsAreNotPaced(t *testing.T) {
 	hosts := paceIn(t, nil)
 	outside := holderIn(t, remote, ":0")
 	local := holderIn(t, nil, "127.0.0.1:0")
+	main := holderIn(t, nil, net.JoinHostPort(host4, "0"))
+	passed, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	file, err := passed.(*net.TCPListener).File()
+	require.NoError(t, err)
+	passed.Close()
+	defer file.Close()
 	reno := netnsutil.LocalCongestion
 	for name, network := range map[string]Network{"a net of its own": {}, "the host's addresses": {CopyHost: true}} {
 		t.Run(name, func(t *testing.T) {
@@ -94,8 +102,8 @@ func TestLocalConnectionsAreNotPaced(t *testing.T) {
 			server := holderIn(t, ns, ":0")
 			rules := append(publishTCP(8080, server), Rule{
 				Proto: TCP, Dir: Out, Ports: PortRange{8081, 8081}, TargetPorts: PortRange{local, local},
-			})
-			start(t, Config{NetNS: ns, Datapath: Kernel, Rules: rules, Network: network})
+			}, rule(fmt.Sprintf("fd:web:%d", server)))
+			start(t, Config{NetNS: ns, Datapath: Kernel, Rules: rules, Network: network, Sockets: []Socket{{"web", file}}})
 			for _, host := range []string{host4, host6} {
 				hold(t, remote, net.JoinHostPort(host, "8080"))
 				require.Equal(t, []string{reno, reno}, congestionIn(t, ns, remoteOf(host)), "into the container")
@@ -111,6 +119,11 @@ func TestLocalConnectionsAreNotPaced(t *testing.T) {
 			require.Contains(t, congestionIn(t, ns, "127.0.0.1:8081 "), reno, "accepted from the container's loopback")
 			there := " " + netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), local).String()
 			require.Contains(t, congestionIn(t, nil, there), reno, "to the host's loopback")
+			dst := fmt.Sprintf("169.254.1.2:%d", main)
+			hold(t, ns, dst)
+			require.Contains(t, congestionIn(t, nil, fmt.Sprintf(" %s:%d", host4, main)), reno, "to the host, by the alias")
+			hold(t, nil, passed.Addr().String())
+			require.Contains(t, congestionIn(t, nil, passed.Addr().String()+" "), reno, "accepted by a passed socket")
 		})
 	}
 }
