@@ -332,6 +332,17 @@ func TestUDPSuperFrame(t *testing.T) {
 	require.EqualValues(t, vnetGSOUDPL4, vnet.gsoType)
 	require.EqualValues(t, 1200, vnet.gsoSize)
 	require.Equal(t, payload, b[ip6HdrLen+udpHdrLen:])
+
+	// What came over IPv6 can be too long for one of IPv4.
+	payload = bytes.Repeat([]byte("0123456789"), 6552)
+	in, out = netip.AddrPortFrom(guest4, 1000), netip.AddrPortFrom(client4, 2000)
+	require.NoError(t, w.s.WriteUDP(&Datagram{Src: out, Dst: in, Payload: payload, SegmentSize: 1200}))
+	for len(payload) > 0 {
+		_, _, b := w.receive()
+		b = b[ip4HdrLen+udpHdrLen:]
+		require.Equal(t, payload[:len(b)], b)
+		payload = payload[len(b):]
+	}
 }
 
 // What goes in as fragments comes out as the datagram, in any order, and the

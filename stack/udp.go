@@ -66,7 +66,7 @@ func (e *endpoint) writeUDP(d *Datagram) error {
 		return e.writeDatagrams(d, d.Payload, 0)
 	}
 	room := e.mtu - ipHdrLen(d.Src.Addr()) - udpHdrLen
-	if e.offloads.USO && segment <= room {
+	if e.offloads.USO && segment <= room && udpHdrLen+len(d.Payload) <= maxL4(d.Src.Addr()) {
 		return e.writeDatagrams(d, d.Payload, segment)
 	}
 	for p := d.Payload; len(p) > 0; {
