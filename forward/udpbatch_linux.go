@@ -27,6 +27,14 @@ const (
 	sendArena = 128 << 10
 )
 
+// datagrams returns how many a payload is; a segment of 0 is one.
+func datagrams(length, segment int) int {
+	if segment <= 0 || segment >= length {
+		return 1
+	}
+	return (length + segment - 1) / segment
+}
+
 // mmsghdr is struct mmsghdr; Go pads it as C does, since Msghdr has pointers.
 type mmsghdr struct {
 	hdr unix.Msghdr
@@ -141,10 +149,9 @@ func (b *sendBatch) add(f *flow, end *flowEnd, opt sendOptions, pin bool, payloa
 	b.sock, b.pin = end.sock, pin
 	b.names[i] = end.remote
 	m := &b.meta[i]
-	*m = sendMeta{flow: f, bytes: &f.counters.bytesOut, opt: opt, size: len(payload), segment: opt.segment, count: 1}
+	*m = sendMeta{flow: f, bytes: &f.counters.bytesOut, opt: opt, size: len(payload), segment: opt.segment}
 	m.opt.from = end.local
-	if opt.segment > 0 && opt.segment < len(payload) {
-		m.count = (len(payload) + opt.segment - 1) / opt.segment
+	if m.count = datagrams(len(payload), opt.segment); m.count > 1 {
 		m.closed = len(payload)%opt.segment != 0
 	} else {
 		m.segment = len(payload)

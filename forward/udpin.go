@@ -104,7 +104,7 @@ func (w *udpWorker) forward(s *udpSocket, i int) {
 	last := &w.last
 	if last.flow == nil || last.from != *from || last.to != w.opt.to || last.flow.server.IsValid() {
 		last.flow = nil
-		f, end, ok := w.engine.flowIn(s, from, w.opt.to)
+		f, end, ok := w.engine.flowIn(s, from, w.opt.to, datagrams(len(payload), w.opt.segment))
 		if !ok {
 			return
 		}
@@ -123,9 +123,9 @@ func (w *udpWorker) forward(s *udpSocket, i int) {
 	}
 }
 
-// flowIn returns the flow of a datagram that came from a socket, and its way on. A
+// flowIn returns the flow of count datagrams that came from a socket, and its way on. A
 // new flow is made if there is none and s is open to everyone.
-func (e *udpEngine) flowIn(s *udpSocket, from *sockaddr, to localAddr) (*flow, flowEnd, bool) {
+func (e *udpEngine) flowIn(s *udpSocket, from *sockaddr, to localAddr, count int) (*flow, flowEnd, bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	f := e.flows.bySock[sockKey{s.id, *from}]
@@ -142,7 +142,7 @@ func (e *udpEngine) flowIn(s *udpSocket, from *sockaddr, to localAddr) (*flow, f
 	e.flows.touch(f, dir, e.tick.Load())
 	if f.server.IsValid() && dir == inbound {
 		e.cfg.Nameserver(f.server, true)
-		if f.unanswered--; f.unanswered <= 0 {
+		if f.unanswered -= count; f.unanswered <= 0 {
 			e.flows.remove(f)
 		}
 	}
@@ -291,9 +291,9 @@ func (t *tapRun) init(e *udpEngine) {
 
 // add writes a datagram, or several if opt says so, or keeps them until flush.
 func (t *tapRun) add(f *flow, payload []byte, opt *recvOptions) {
-	size, count := len(payload), 1
-	if opt.segment > 0 && opt.segment < size {
-		size, count = opt.segment, (size+opt.segment-1)/opt.segment
+	size, count := len(payload), datagrams(len(payload), opt.segment)
+	if count > 1 {
+		size = opt.segment
 	}
 	if t.joins(f, size, count, len(payload), opt.tos) {
 		if !t.copied {

@@ -1,6 +1,7 @@
 package forward
 
 import (
+	"bytes"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -87,6 +88,49 @@ func TestUDPNameserverFlowsEndEarly(t *testing.T) {
 	}
 	require.Zero(t, u.locked(u.flows.len))
 	require.Zero(t, u.locked(func() int { return len(u.sockets) }))
+}
+
+// So it does where the kernel, on either side, has joined several of them.
+func TestUDPNameserverFlowsOfJoinedDatagrams(t *testing.T) {
+	server := listenUDP(t, "127.0.0.1:0")
+	u := newUDPTest(t, func(c *udpConfig) {
+		c.IsDNS = func(d netip.AddrPort) bool { return d.Addr().Is4() }
+		c.Destination = func(netip.AddrPort) (netip.AddrPort, error) { return addrOf(server), nil }
+	})
+	d := &stack.Datagram{
+		Src: netip.AddrPortFrom(guest4, 4000), Dst: netip.MustParseAddrPort("10.0.2.3:53"), TTL: 64,
+		Payload: []byte("1st2nd3rd"), SegmentSize: 3,
+	}
+	u.fromNamespace(d)
+	got, from := readFrom(t, server)
+	require.Equal(t, "1st", got)
+	send(t, server, from, "re: 1st")
+	require.Equal(t, "re: 1st", u.recv().payload)
+	require.Equal(t, 1, u.locked(u.flows.len))
+	f := u.flows.byTap[tapKey{keyOf(d.Src), keyOf(d.Dst)}]
+	u.flowIn(f.host.sock, &f.host.remote, localAddr{}, 2)
+	require.Zero(t, u.locked(u.flows.len))
+}
+
+// A super-frame of IPv6 can be longer than one of IPv4; its datagrams arrive all the same.
+func TestUDPSuperFrameToIPv4(t *testing.T) {
+	server := listenUDP(t, "127.0.0.1:0")
+	u := newUDPTest(t, func(c *udpConfig) {
+		c.Destination = func(netip.AddrPort) (netip.AddrPort, error) { return addrOf(server), nil }
+	})
+	payload := bytes.Repeat([]byte("0123456789"), 6552)
+	u.fromNamespace(&stack.Datagram{
+		Src: netip.AddrPortFrom(guest6, 4000), Dst: netip.MustParseAddrPort("[fd67:6f66:7764::3]:53"), TTL: 64,
+		Payload: payload, SegmentSize: 1200,
+	})
+	for len(payload) > 0 {
+		got, _ := readFrom(t, server)
+		require.Equal(t, string(payload[:len(got)]), got)
+		payload = payload[len(got):]
+	}
+	require.Zero(t, u.dropped.Load())
+	time.Sleep(20 * time.Millisecond)
+	require.Empty(t, u.tap.errs, "the container is not told that anything was too long")
 }
 
 // A flow to port 53 of anybody else may be a VPN's: it is like any other.

@@ -97,7 +97,7 @@ func (e *udpEngine) flowOut(d *stack.Datagram) (*flow, flowEnd, error) {
 		}
 	}
 	if f.server.IsValid() {
-		f.unanswered++
+		f.unanswered += datagrams(len(d.Payload), d.SegmentSize)
 	}
 	e.flows.touch(f, outbound, e.tick.Load())
 	return f, f.host, nil
@@ -227,8 +227,9 @@ func (e *udpEngine) send(b *sendBatch) {
 // given up.
 func (e *udpEngine) sendSome(b *sendBatch, i int) int {
 	n, err := 1, syscall.Errno(0)
+	tooLong := b.meta[i].size > maxPayload && b.names[i].v4() // as a super-frame can be that came over IPv6
 	switch {
-	case e.segment && !b.sock.noSegment.Load():
+	case e.segment && !b.sock.noSegment.Load() && !tooLong:
 		n, err = sendWhole(b, i, b.n)
 	case b.meta[i].count > 1:
 		b.sock.tooLong.Store(b.meta[i].flow)
