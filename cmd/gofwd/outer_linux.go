@@ -427,6 +427,14 @@ func (u *outer) serveHere(ctx context.Context, ns *netnsutil.NS) (*inside, error
 	}
 	if !u.opts.noSandbox {
 		i.keep = &sandbox{config: u.opts.configFile, removeFrom: u.namesIn()}
+		if err := i.keep.checkNames(); err != nil {
+			ours.Close()
+			theirs.Close()
+			return nil, err
+		}
+		if err := i.keep.checkConfig(); err != nil {
+			u.log.Warn("SIGHUP and gofwd reload will not work", "err", err, "hint", "own the file, or give --no-sandbox")
+		}
 	}
 	go in.attachHere(ctx, i)
 	return in, nil

@@ -58,6 +58,57 @@ func (s *sandbox) enter() error {
 	return nil
 }
 
+// checkNames says so if in the sandbox the files could not be removed that have to go:
+// root then is a user like any other.
+func (s *sandbox) checkNames() error {
+	for _, dir := range s.removeFrom {
+		if err := inSandbox(dir, unix.W_OK|unix.X_OK); err != nil {
+			return &hintedError{
+				fmt.Errorf("remove files from %s at the end: in the sandbox even root may not: %w", dir, err),
+				"choose a directory of your own, or give --no-sandbox",
+			}
+		}
+	}
+	return nil
+}
+
+// checkConfig says so if in the sandbox the configuration could not be read.
+func (s *sandbox) checkConfig() error {
+	if s.config == "" {
+		return nil
+	}
+	if err := inSandbox(s.config, unix.R_OK); err != nil {
+		return fmt.Errorf("read configuration %s: in the sandbox even root may not: %w", s.config, err)
+	}
+	return nil
+}
+
+// inSandbox returns the error that access to path is going to have without the
+// capabilities that the sandbox takes; nil if there is one already.
+func inSandbox(path string, mode uint32) error {
+	if unix.Faccessat(unix.AT_FDCWD, path, mode, unix.AT_EACCESS) != nil {
+		return nil
+	}
+	// Of this thread alone, which the runtime ends if it can't be what it was.
+	runtime.LockOSThread()
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var had [2]unix.CapUserData
+	if err := unix.Capget(&header, &had[0]); err != nil {
+		return os.NewSyscallError("capget", err)
+	}
+	less := had
+	less[0].Effective &^= 1<<unix.CAP_DAC_OVERRIDE | 1<<unix.CAP_DAC_READ_SEARCH
+	if err := unix.Capset(&header, &less[0]); err != nil {
+		return os.NewSyscallError("capset", err)
+	}
+	err := unix.Faccessat(unix.AT_FDCWD, path, mode, unix.AT_EACCESS)
+	if capErr := unix.Capset(&header, &had[0]); capErr != nil {
+		return os.NewSyscallError("capset", capErr)
+	}
+	runtime.UnlockOSThread()
+	return err
+}
+
 // dropCapabilities keeps what entering the namespace takes (setns(2)), and what
 // transparent sockets, routes, nf_tables, captures and ports below 1024 take
 // there.

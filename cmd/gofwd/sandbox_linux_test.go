@@ -53,6 +53,28 @@ become somebody: operation not permitted
 `, string(out))
 }
 
+// What only root's capabilities allow is refused before they are given up.
+func TestSandboxIsTooSmall(t *testing.T) {
+	dir := t.TempDir()
+	closed, file := filepath.Join(dir, "closed"), filepath.Join(dir, "config")
+	require.NoError(t, os.Mkdir(closed, 0o500))
+	require.NoError(t, os.WriteFile(file, nil, 0o600))
+	s := sandbox{removeFrom: []string{dir}, config: file}
+	require.NoError(t, s.checkNames())
+	require.NoError(t, s.checkConfig())
+	require.NoError(t, (&sandbox{}).checkConfig())
+	require.NoError(t, os.Chmod(file, 0o200))
+	s.removeFrom = append(s.removeFrom, closed)
+	if _, err := os.ReadFile(file); err != nil {
+		require.NoError(t, s.checkNames(), "it is not the sandbox's fault")
+		require.NoError(t, s.checkConfig())
+		return
+	}
+	require.EqualError(t, s.checkNames(), "remove files from "+closed+" at the end: in the sandbox even root may not: permission denied")
+	require.EqualError(t, s.checkConfig(), "read configuration "+file+": in the sandbox even root may not: permission denied")
+	require.NoError(t, os.WriteFile(filepath.Join(closed, "again"), nil, 0o600), "as before")
+}
+
 // sandboxed DIR enters the sandbox, and tells what comes of several attempts.
 func sandboxedMain() {
 	dir := os.Args[1]
