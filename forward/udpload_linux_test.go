@@ -2,6 +2,7 @@ package forward
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -254,15 +255,11 @@ func TestUDPErrorsOfOthers(t *testing.T) {
 		flood := &stack.Datagram{Src: src, Dst: dst, TTL: 64, Payload: pattern(1400)}
 		answer := &stack.Datagram{Src: src, Dst: addrOf(server), TTL: 64, Payload: []byte("answer")}
 		var flooding sync.WaitGroup
-		stop := make(chan struct{})
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop() // else a failure would be one of the tests that follow, too
 		flooding.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-					u.fromNamespace(flood)
-				}
+			for ctx.Err() == nil {
+				u.fromNamespace(flood)
 			}
 		})
 		for range 1000 {
@@ -271,7 +268,7 @@ func TestUDPErrorsOfOthers(t *testing.T) {
 			got, _ := readFrom(t, server)
 			require.Equal(t, "answer", got)
 		}
-		close(stop)
+		stop()
 		flooding.Wait()
 		u.close()
 		require.Len(t, u.sockets, 0)
