@@ -468,34 +468,45 @@ func addrsOverlap(a, b netip.Addr) bool {
 // Validate checks each rule by itself, and that no two overlap. Its errors quote
 // what is wrong and name the rules.
 func Validate(rules []Rule) error {
-	order := make([]int, len(rules))
-	for i, r := range rules {
+	for _, r := range rules {
 		if err := r.check(); err != nil {
 			return fmt.Errorf("port rule %q: %w", r, err)
 		}
-		order[i] = i
 	}
-	if !conflicting(rules) {
-		return nil
+	if i, j, found := overlapping(rules); found {
+		return overlapError(rules[i], rules[j])
+	}
+	return nil
+}
+
+// overlapping finds two of rules that overlap or are the same, the earlier one first.
+// It takes n log n, as long as no port has many addresses or interfaces.
+func overlapping(rules []Rule) (i, j int, found bool) {
+	var order []int
+	for i, r := range rules {
+		if r.Socket != "" || !r.free() {
+			order = append(order, i)
+		}
 	}
 	slices.SortStableFunc(order, func(i, j int) int {
 		a, b := rules[i], rules[j]
-		return cmp.Or(cmp.Compare(a.Dir, b.Dir), cmp.Compare(a.Proto, b.Proto),
-			cmp.Compare(a.Ports.First, b.Ports.First), cmp.Compare(a.Socket, b.Socket))
+		return cmp.Or(cmp.Compare(a.socketName(), b.socketName()), cmp.Compare(a.Proto, b.Proto),
+			cmp.Compare(a.Dir, b.Dir), cmp.Compare(a.Ports.First, b.Ports.First))
 	})
 	for n, i := range order {
 		a := rules[i]
 		for _, j := range order[n+1:] {
 			b := rules[j]
-			if b.Dir != a.Dir || b.Proto != a.Proto || b.Ports.First > a.Ports.Last && a.Socket == "" {
+			if b.socketName() != a.socketName() || b.Proto != a.Proto ||
+				a.Socket == "" && (b.Dir != a.Dir || b.Ports.First > a.Ports.Last) {
 				break
 			}
 			if Overlaps(a, b) || a == b && a.Share {
-				return overlapError(rules[min(i, j)], rules[max(i, j)])
+				return min(i, j), max(i, j), true
 			}
 		}
 	}
-	return nil
+	return 0, 0, false
 }
 
 func overlapError(a, b Rule) error {

@@ -2,7 +2,6 @@ package forward
 
 import (
 	"fmt"
-	"net/netip"
 	"slices"
 	"testing"
 
@@ -11,15 +10,9 @@ import (
 
 // manyRules are n rules without a conflict.
 var manyRules = map[string]func(i int) Rule{
-	"ports": func(i int) Rule { return Rule{Ports: port(uint16(i + 1))} },
-	"free":  func(int) Rule { return Rule{} },
-	"addresses": func(i int) Rule {
-		return Rule{Addr: netip.AddrFrom4([4]byte{127, 1, byte(i >> 8), byte(i)}), Ports: port(80)}
-	},
+	"ports":   func(i int) Rule { return Rule{Ports: port(uint16(i + 1))} },
+	"free":    func(int) Rule { return Rule{} },
 	"sockets": func(i int) Rule { return Rule{Socket: fmt.Sprintf("systemd:%d", i)} },
-	"shares": func(i int) Rule {
-		return Rule{Ports: port(80), Share: true}
-	},
 }
 
 func makeRules(kind string, n int) (rules []Rule) {

@@ -163,9 +163,8 @@ func TestValidateHandmade(t *testing.T) {
 	}
 }
 
-// Which rules are in conflict is found out in another way where it is only whether any
-// are.
-func TestConflicting(t *testing.T) {
+// Two rules that overlap are found wherever they are among others.
+func TestOverlapping(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	pick := func(from ...string) string { return from[rnd.IntN(len(from))] }
 	counts := make(map[bool]int)
@@ -193,7 +192,12 @@ func TestConflicting(t *testing.T) {
 			}
 		}
 		counts[want]++
-		require.Equal(t, want, conflicting(rules), "%s", rules)
+		i, j, found := overlapping(rules)
+		require.Equal(t, want, found, "%s", rules)
+		if found {
+			require.Less(t, i, j)
+			require.True(t, Overlaps(rules[i], rules[j]) || rules[i] == rules[j], "%s, %s", rules[i], rules[j])
+		}
 	}
 	require.Greater(t, counts[true], 1000)
 	require.Greater(t, counts[false], 1000)

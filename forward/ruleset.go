@@ -269,20 +269,18 @@ func (s *ruleSet) check(rules []Rule) error {
 // conflict returns an error if one of add that we don't have overlaps one of those
 // that stay.
 func conflict(add []Rule, have map[Rule]*activeRule, stay []*activeRule) error {
-	all := make([]Rule, 0, len(stay)+len(add))
+	rules := make([]Rule, 0, len(stay)+len(add))
 	for _, r := range stay {
-		all = append(all, r.rule)
+		rules = append(rules, r.rule)
 	}
-	fresh := slices.DeleteFunc(slices.Clone(add), func(r Rule) bool { return have[r] != nil })
-	if !conflicting(append(all, fresh...)) {
-		return nil
-	}
-	for _, r := range fresh {
-		for _, other := range stay {
-			if Overlaps(r, other.rule) {
-				return &ConflictError{Rule: r, With: other.status()}
-			}
+	for _, r := range add {
+		if have[r] == nil {
+			rules = append(rules, r)
 		}
+	}
+	// Those that stay don't overlap each other, nor do those of add.
+	if i, j, found := overlapping(rules); found {
+		return &ConflictError{Rule: rules[j], With: stay[i].status()}
 	}
 	return nil
 }
