@@ -32,7 +32,8 @@
 //
 // # Loads
 //
-// TCP throughput is iperf3(1), HTTP is nginx under wrk(1). Latency, connection
+// TCP throughput is iperf3(1) with writes that are not whole pages (writeSize says
+// why; what the peers publish is measured by their own commands), HTTP is nginx under wrk(1). Latency, connection
 // rate, datagrams, QUIC and idle connections are a generator of our own
 // (load_linux.go, serve_linux.go, quic_linux.go), which is the same for all tools.
 // What it can do at most is the native column; a tool that reaches that may be
