@@ -61,7 +61,13 @@ func Hint(err error) string {
 
 // ruleHint is Hint for an operation on a rule.
 func ruleHint(e *Error) string {
+	isUnix := strings.HasPrefix(e.Rule.Socket, "unix:")
 	switch {
+	case isUnix && errors.Is(e.Err, syscall.EADDRINUSE):
+		return "somebody listens on it, or it is no socket: choose another path"
+	case isUnix && errors.Is(e.Err, syscall.EACCES):
+		return "choose a directory that you may write to; in its sandbox a gofwd that runs makes UNIX sockets only where it " +
+			"made one when it started, unless with --no-sandbox"
 	case errors.Is(e.Err, syscall.EADDRINUSE):
 		if e.Rule.free() {
 			return "no free port is left in net.ipv4.ip_local_port_range: name a port"

@@ -225,12 +225,24 @@ func TestUnixSockets(t *testing.T) {
 	dir := t.TempDir()
 	web, db := filepath.Join(dir, "web.sock"), filepath.Join(dir, "db.sock")
 	tp.host.start(t, "socat", "UNIX-LISTEN:"+db+",fork", "EXEC:echo database")
-	tp.attach(t, "-p", "unix:"+web+":80", "-T", "5432:unix:"+db)
+	g := tp.attach(t, "-p", "unix:"+web+":80", "-T", "5432:unix:"+db)
 	tp.ctr.nginx(t, `listen 80; location / { return 200 "hello $remote_addr"; }`)
 	tp.ctr.waitPort(t, "tcp", 80)
 	require.Equal(t, "hello 169.254.1.2", tp.host.output(t, "curl", "-sS", "--unix-socket", web, "http://web/"))
 	eventually(t, "no "+db, func() bool { _, err := os.Stat(db); return err == nil })
 	require.Equal(t, "database\n", tp.ctr.output(t, "socat", "-u", "TCP4:127.0.0.1:5432", "-"))
+
+	// In its sandbox too gofwd makes and removes sockets beside that one, and
+	// says why it makes none elsewhere.
+	admin := filepath.Join(dir, "admin.sock")
+	g.ports(t, tp.host, "add", "unix:"+admin+":80")
+	require.Equal(t, "hello 169.254.1.2", tp.host.output(t, "curl", "-sS", "--unix-socket", admin, "http://admin/"))
+	g.ports(t, tp.host, "rm", "unix:"+admin+":80")
+	require.NoFileExists(t, admin)
+	r := tp.host.runCmd(t, gofwdCmd("ports", "add", "--name", g.name, "unix:"+filepath.Join(t.TempDir(), "x.sock")+":80"))
+	requireOneLine(t, r, 1, "permission denied; choose a directory that you may write to")
+	g.stop()
+	require.NoFileExists(t, web)
 }
 
 // TestAuto publishes what a container's programs listen on, without being told.

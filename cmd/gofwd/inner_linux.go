@@ -11,7 +11,9 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
@@ -253,6 +255,11 @@ func (i *inner) close() error {
 // ready tells outer that everything is up, and gives up what that took.
 func (i *inner) ready() error {
 	if i.keep != nil {
+		for _, r := range i.forwarder.Status().Rules {
+			if path, ok := strings.CutPrefix(r.Rule.Socket, "unix:"); ok {
+				i.keep.listenIn = append(i.keep.listenIn, filepath.Dir(path))
+			}
+		}
 		if err := i.keep.enter(); err != nil {
 			return err
 		}

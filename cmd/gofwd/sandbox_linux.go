@@ -20,8 +20,9 @@ import (
 // Once everything is up, the process that forwards gives up what it needs no
 // more, in phases of which each stands by itself:
 //
-//	capabilities   four are left, over the container's user namespace, and with a
-//	               command CAP_KILL
+//	capabilities   four are left, over the user namespace that gofwd runs in, which
+//	               is the container's but for root beside a namespace of root's own,
+//	               and with a command CAP_KILL
 //	no_new_privs   no program gives more, and no program can be started anyway
 //	Landlock       files are for reading, and only some (as far as the kernel can)
 //	seccomp        a list of system calls; others fail with EPERM
@@ -38,6 +39,9 @@ type sandbox struct {
 	config string
 	// removeFrom are the directories of files that have to go at the end.
 	removeFrom []string
+	// listenIn are the directories of the UNIX sockets that forwards listen on:
+	// others may be made there, and go.
+	listenIn []string
 }
 
 // enter gives up the rest. The error names the phase.
@@ -182,6 +186,10 @@ func (s *sandbox) restrictFiles() error {
 	}
 	if len(s.removeFrom) > 0 {
 		rules = append(rules, landlock.PathAccess(landlock.AccessFSSet(ll.AccessFSRemoveFile), s.removeFrom...))
+	}
+	if len(s.listenIn) > 0 {
+		const comeAndGo = landlock.AccessFSSet(ll.AccessFSMakeSock | ll.AccessFSRemoveFile)
+		rules = append(rules, landlock.PathAccess(comeAndGo, s.listenIn...))
 	}
 	return landlock.V5.BestEffort().RestrictPaths(rules...)
 }
