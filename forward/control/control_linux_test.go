@@ -196,11 +196,11 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/forwards", `{"add":["9000:90"],"remove":[7]}`, 404, "forward 7"},
 		{"POST", "/v1/forwards", `{"add":[{"proto":"tcp","target_ports":"80","colour":1}]}`, 400, "colour"},
 		{"POST", "/v1/forwards", `{"add":["fd:web:80"],"fds":["web"]}`, 400, "1 descriptors are named, and 0 came"},
-		{"POST", "/v1/forwards", `{"add":["fd:web:80"]}`, 400, "no socket of that name"},
+		{"POST", "/v1/forwards", `{"add":["fd:web:80"]}`, 400, "no socket was passed"},
 		{"DELETE", "/v1/ports/x", ``, 400, `\"x\"`},
 		{"DELETE", "/v1/ports/1?drain=soon", ``, 400, "soon"},
 		{"GET", "/v1/capture?forward=9", ``, 404, "forward 9"},
-		{"POST", "/v1/reload", ``, 501, "no configuration file"},
+		{"POST", "/v1/reload", ``, 501, "started without --config"},
 		{"POST", "/v1/ports", `{"proto":"` + strings.Repeat("x", maxBody), 413, "too large"},
 		{"PATCH", "/v1/ports", ``, 405, ""},
 		{"GET", "/v2/ports", ``, 404, ""},
@@ -350,14 +350,17 @@ func TestTooManyRequests(t *testing.T) {
 		require.Equal(t, 200, resp.StatusCode)
 	}
 	var streams []net.Conn
-	for range maxBusy {
-		streams = append(streams, send("GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n"))
+	for i := range maxBusy {
+		// A body that is announced, and too long for net/http to read it, is nothing to
+		// wait for.
+		body := map[bool]string{true: "Content-Length: 300000\r\n"}[i%2 == 0]
+		streams = append(streams, send("GET /v1/events HTTP/1.1\r\nHost: x\r\n"+body+"\r\n"))
 		answered(streams[len(streams)-1])
 	}
 	for _, body := range []string{"", `{"forwards":[]}`} {
 		code, got := r.do(t, map[bool]string{true: "GET", false: "PUT"}[body == ""], "/v1/ports", body)
 		require.Equal(t, 503, code)
-		require.JSONEq(t, `{"message":"448 requests are being answered, and no more can be"}`, got)
+		require.Contains(t, got, "448 requests are being answered")
 	}
 	streams[0].Close()
 	require.Eventually(t, func() bool {

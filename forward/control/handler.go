@@ -63,17 +63,18 @@ func (h *handler) routes() map[string]func(http.ResponseWriter, *http.Request) e
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if c := connOf(r.Context()); c != nil {
 		defer c.end()
-		if r.ContentLength == 0 { // else readJSON begins
-			if err := c.begin(); err != nil {
-				writeError(w, err)
-				return
-			}
-		}
 		defer func() { // what this request did not name is not the next one's
 			for _, f := range c.takeFiles() {
 				f.Close()
 			}
 		}()
+		hasBody := r.Method == http.MethodPost || r.Method == http.MethodPut
+		if !hasBody || r.ContentLength == 0 { // else readJSON begins
+			if err := c.begin(); err != nil {
+				writeError(w, err)
+				return
+			}
+		}
 	}
 	h.mux.ServeHTTP(w, r)
 }
@@ -203,7 +204,7 @@ func (h *handler) getOpenAPI(w http.ResponseWriter, _ *http.Request) error {
 
 func (h *handler) postReload(w http.ResponseWriter, _ *http.Request) error {
 	if h.Reload == nil {
-		return fmt.Errorf("reload: there is no configuration file: %w", errors.ErrUnsupported)
+		return fmt.Errorf("reload: started without --config, so there is no file to read anew: %w", errors.ErrUnsupported)
 	}
 	if err := h.Reload(); err != nil {
 		return err

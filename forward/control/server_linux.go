@@ -194,6 +194,7 @@ type conn struct {
 	// The server's mu guards these.
 	since time.Time
 	busy  bool // a complete request is being answered
+	gone  bool // it has made way
 
 	mu    sync.Mutex // guards files
 	files []*os.File
@@ -211,6 +212,9 @@ func (s *Server) enter(u *net.UnixConn) *conn {
 			}
 		}
 	}
+	if oldest != nil {
+		oldest.gone = true
+	}
 	s.conns[c] = struct{}{}
 	s.mu.Unlock()
 	if oldest != nil {
@@ -219,7 +223,7 @@ func (s *Server) enter(u *net.UnixConn) *conn {
 	return c
 }
 
-var errTooMany = fmt.Errorf("%d requests are being answered, and no more can be", maxBusy)
+var errTooMany = fmt.Errorf("%d requests are being answered, open leases, event streams and captures among them, and no more can be: end some", maxBusy)
 
 // begin says that a complete request is to be answered, if that can be. It may be called
 // on nil, for a connection that isn't ours.
@@ -230,7 +234,7 @@ func (c *conn) begin() error {
 	s := c.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.busy >= maxBusy {
+	if s.busy >= maxBusy || c.gone {
 		return errTooMany
 	}
 	c.busy = true

@@ -133,7 +133,10 @@ func (h *handler) lease(w http.ResponseWriter, r *http.Request, changed forward.
 
 // endLease removes those of the forwards that are still there.
 func (h *handler) endLease(ids []int, drain time.Duration) {
-	for _, id := range ids {
-		_ = h.Forwarder.Remove(id, drain) // somebody else was faster
+	if _, err := h.Forwarder.Change(forward.Change{Remove: ids, Drain: drain}); err == nil {
+		return
+	}
+	for _, id := range ids { // somebody else was faster with one of them
+		_ = h.Forwarder.Remove(id, drain)
 	}
 }
