@@ -201,10 +201,14 @@ func openPIDFile(path string) (*pidFile, error) {
 			how = os.O_RDWR
 		}
 		f, err = os.OpenFile(path, how, 0)
+		if how == os.O_RDWR && errors.Is(err, fs.ErrPermission) {
+			f, err = os.OpenFile(path, os.O_WRONLY, 0)
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("write pid file: %w", err)
 	}
+	_ = unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB) // see remove
 	own, err := newOwnFile(path)
 	if err != nil {
 		f.Close()
@@ -233,9 +237,13 @@ func (p *pidFile) write() error {
 	return nil
 }
 
-// remove removes the file, unless it is the next gofwd's by now.
+// remove removes the file, unless it is the next gofwd's by now: that has it open, and
+// a lock on it, or has written to it.
 func (p *pidFile) remove() {
 	defer p.Close()
+	if unix.Flock(int(p.Fd()), unix.LOCK_EX|unix.LOCK_NB) == unix.EWOULDBLOCK {
+		return
+	}
 	b := make([]byte, 32)
 	n, _ := p.ReadAt(b, 0)
 	if said := strings.TrimSpace(string(b[:n])); said != "" && said != strconv.Itoa(os.Getpid()) {

@@ -28,6 +28,13 @@ func TestPIDFileOfTwo(t *testing.T) {
 	b, err = os.ReadFile(path)
 	require.NoError(t, err)
 	require.Equal(t, strconv.Itoa(os.Getpid())+"\n", string(b))
+
+	// One that is about to write to it has it too.
+	third, err := openPIDFile(path)
+	require.NoError(t, err)
 	second.remove()
+	require.NoError(t, third.write())
+	require.FileExists(t, path)
+	third.remove()
 	require.NoFileExists(t, path)
 }
