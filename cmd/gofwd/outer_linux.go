@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -185,10 +186,19 @@ func (u *outer) namesIn() []string {
 	if u.pesto != nil {
 		dirs = append(dirs, filepath.Dir(u.pestoOwn.path))
 	}
-	if u.pid != nil {
+	if u.pid != nil && isRegular(u.pid.File) {
 		dirs = append(dirs, filepath.Dir(u.pid.own.path))
 	}
 	return dirs
+}
+
+// appends reports whether the capture has its header from an earlier attach.
+func (u *outer) appends() bool {
+	if !u.opts.attached || u.capture == nil {
+		return false
+	}
+	at, err := u.capture.Seek(0, io.SeekCurrent)
+	return err != nil || at >= pcapHeaderLen // no file, but a pipe, had it first of all
 }
 
 // inside is the inner side as outer sees it: its end of the link, and how it
@@ -238,7 +248,7 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 		cfg.Files = append(cfg.Files, f)
 	}
 	again := []string{innerOption, innerNetNSOption + "=" + path}
-	if u.opts.attached {
+	if u.appends() {
 		again = append(again, innerAppendOption)
 	}
 	for _, s := range u.sockets {
@@ -422,7 +432,10 @@ func (u *outer) serveHere(ctx context.Context, ns *netnsutil.NS) (*inside, error
 	}
 	in := &inside{link: ours, done: make(chan error, 1)}
 	i := &inner{opts: u.opts, log: u.log, link: theirs, control: u.control, pesto: u.pesto, ns: ns, sockets: u.sockets}
-	if u.capture != nil {
+	switch {
+	case u.appends():
+		i.capture = &appended{u.capture, pcapHeaderLen}
+	case u.capture != nil:
 		i.capture = u.capture
 	}
 	if !u.opts.noSandbox {
