@@ -182,7 +182,10 @@ func (l *lab) sample(ctx context.Context, r *row, t tool) (map[string]float64, e
 	}
 	values, err := r.measure.take(ctx, s, l.order.Seconds)
 	if err != nil {
-		return nil, errors.Join(err, s.helperEnded(), anyEnded(s.servers))
+		err = errors.Join(err, s.helperEnded())
+	}
+	if err := errors.Join(err, anyEnded(s.servers)); err != nil {
+		return nil, err
 	}
 	for unit, v := range values { // more digits would be noise
 		values[unit], _ = strconv.ParseFloat(strconv.FormatFloat(v, 'g', 6, 64), 64)

@@ -69,6 +69,10 @@ func serve(args []string) error {
 		go serveUDP(conn, errc)
 	}
 	fmt.Println("ready")
+	go func() { // and there is always one that waits for something
+		_, err := io.Copy(io.Discard, os.Stdin)
+		errc <- err
+	}()
 	return <-errc
 }
 
