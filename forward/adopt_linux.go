@@ -45,13 +45,17 @@ func (b *binder) adopt(r Rule) (bound []*boundListener, err error) {
 	if other != nil {
 		return nil, other
 	}
+	switch {
+	case len(b.sockets) > 0:
+	case kind == "systemd":
+		return nil, errors.New("no socket was passed: systemd passes those of a .socket unit, and none with --detach")
+	default:
+		return nil, errors.New("no socket was passed")
+	}
 	return nil, fmt.Errorf("no socket of that name was passed, only %s", b.socketNames())
 }
 
 func (b *binder) socketNames() string {
-	if len(b.sockets) == 0 {
-		return "none at all"
-	}
 	var names []string
 	for _, s := range b.sockets {
 		names = append(names, fmt.Sprintf("%q", s.Name))

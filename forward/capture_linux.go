@@ -17,11 +17,12 @@ import (
 // super-frame but for BIG TCP, and its headers.
 const captureSnap = 1 << 17
 
-// Capture writes the frames of one forward, or of all traffic if id is 0, to w in
-// pcap format until ctx ends, the Forwarder is closed, or w fails, and returns
-// w's error: nil after the others. Of an id that no forward has it wraps
-// [ErrNoForward], and the errno where it may not listen. It begins with the file's header, which says that frames are caught
-// from now on.
+// Capture writes frames to w in pcap format until ctx ends, the Forwarder is closed,
+// or w fails, and returns w's error: nil after the others. They are all, if id is 0,
+// or those with the protocol and the port in the namespace of one forward, whoever
+// they are of. Of an id that no forward has the error wraps [ErrNoForward], and the
+// errno where it may not listen. It begins with the file's header, which says that
+// frames are caught from now on.
 //
 // They are those that the container's own kernel sees, on the tap and, for the
 // kernel path, on its loopback. Frames that w is too slow for are missing; the

@@ -5,8 +5,8 @@
 //
 // The way of an inbound connection, and the order of the files:
 //
-//	host listener → accept → path choice → dial (the client's address as source) → relay → half-close
-//	listen          tcp      path           nsdial | stack                          relay   relay
+//	host listener → accept         → path choice → dial (the client's address as source) → relay → half-close
+//	listen          kernelin | tcp   path           nsdial | stack                          splice | relay
 //
 // A path is a dialer. There are two: "tap", a gVisor stack at the far end of a
 // tap in the namespace (package stack), and "kernel", a transparent kernel
@@ -16,7 +16,7 @@
 // detour.go makes another one.
 //
 // Outbound connections are dialled before the container's handshake is
-// completed (outbound.go): what the world refuses, the container sees refused.
+// completed (outbound.go, heldsyn_linux.go on the kernel path): what the world refuses, the container sees refused.
 // UDP has no connections; its engine (udp.go) keeps a table of flows instead, and
 // ping (echo_linux.go) one of requests.
 //
@@ -35,8 +35,9 @@
 // # Limits
 //
 // Sources are kept for every client but those that hostMap.source lists. Each TCP
-// flow takes a descriptor on the tap path; where there are none left, clients wait
-// in the backlog, and what the container begins is refused. Copy buffers are
+// flow takes a descriptor on the tap path and two on the kernel path; where there are
+// none left, clients of the kernel path are reset, those of the tap path wait in the
+// backlog, and what the container begins is refused. Copy buffers are
 // bounded by bufferBudget, UDP flows by MaxFlows of udpConfig, pings on their way
 // by pingsInFlight. Multicasts leave the namespace; of those of others
 // only the groups of Config.Multicast get in.

@@ -17,8 +17,8 @@ import (
 )
 
 // egress is by which of the host's addresses and interfaces it leaves what the
-// container begins; nil, and one with neither, leave that to the host's routing. What
-// goes to the host itself goes over its loopback, by no interface, and is none of it.
+// container begins; nil leaves that to the host's routing. What goes to the host
+// itself goes over its loopback, by no interface, and is none of it.
 type egress struct {
 	addrs    []netip.Addr // at most one of each family
 	if4, if6 string       // "" is any
@@ -27,6 +27,9 @@ type egress struct {
 
 // newEgress returns the egress of a Config.
 func newEgress(cfg Config, local *hostAddrs) (*egress, error) {
+	if len(cfg.OutboundAddrs) == 0 && cfg.OutboundIf4 == "" && cfg.OutboundIf6 == "" {
+		return nil, nil
+	}
 	var seen [2]bool
 	for _, a := range cfg.OutboundAddrs {
 		family := 0
@@ -176,7 +179,7 @@ func egressError(what string, err error) error {
 
 // prepareTCP readies a socket that is to connect to dst.
 func (g *egress) prepareTCP(fd int, dst netip.Addr) error {
-	if dst.IsLoopback() || g != nil && g.local.has(dst) {
+	if dst.IsLoopback() {
 		staysLocal(fd)
 	}
 	if !g.applies(dst) {

@@ -82,7 +82,7 @@ func (e *udpEngine) listFlows() []Flow {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	flows := make([]Flow, 0, e.flows.len())
-	for _, list := range []*flowList{&e.flows.short, &e.flows.streams} {
+	for _, list := range []*flowList{&e.flows.queries, &e.flows.short, &e.flows.streams} {
 		for f := list.front; f != nil; f = f.next {
 			flows = append(flows, f.describe())
 		}

@@ -100,7 +100,7 @@ type Forwarder struct {
 	cfg     Config
 	log     *slog.Logger
 	plan    *networkPlan
-	egress  *egress // nil without a tap
+	egress  *egress // nil without
 	paths   *paths
 	rules   ruleSet
 	events  eventHub

@@ -313,7 +313,7 @@ func (r Rule) Waiting() Rule {
 // same one.
 func (r Rule) socketName() string {
 	if kind, name, _ := strings.Cut(r.Socket, ":"); kind == "systemd" || kind == "fd" {
-		return name
+		return "fd:" + name
 	}
 	return r.Socket
 }
@@ -373,7 +373,7 @@ func (r Rule) checkOptions() error {
 	switch {
 	case r.ProxyV2 && (r.Proto != TCP || r.Dir != In):
 		return errors.New("the PROXY protocol is for tcp into the container")
-	case r.Idle != 0 && (r.Dir != In || r.Socket != "" && !strings.HasPrefix(r.Socket, "systemd:")):
+	case r.Idle != 0 && (r.Dir != In || strings.HasPrefix(r.Socket, "unix:")):
 		return errors.New("idle is for connections into the container whose client is not a UNIX socket")
 	case r.Wait && !r.canWait():
 		return errors.New("wait is for a named port on an address or an interface of the host")
@@ -480,7 +480,7 @@ func Validate(rules []Rule) error {
 }
 
 // overlapping finds two of rules that overlap or are the same, the earlier one first.
-// It takes n log n, as long as no port has many addresses or interfaces.
+// It takes n log n, as long as no port has many addresses, interfaces or shares.
 func overlapping(rules []Rule) (i, j int, found bool) {
 	var order []int
 	for i, r := range rules {

@@ -226,7 +226,7 @@ func (s *ruleSet) plan(c Change) (*plan, error) {
 // for which one has come.
 func (p *plan) assignSockets(sockets []Socket) {
 	passed := func(r Rule) bool {
-		return r.Socket != "" && slices.ContainsFunc(sockets, func(s Socket) bool { return s.Name == r.socketName() })
+		return r.Socket != "" && slices.ContainsFunc(sockets, func(s Socket) bool { return "fd:"+s.Name == r.socketName() })
 	}
 	leave, share := make(map[Rule][]*activeRule), make(map[Rule]*activeRule)
 	for _, r := range p.leave {
@@ -278,6 +278,9 @@ func conflict(add []Rule, have map[Rule]*activeRule, stay []*activeRule) error {
 			rules = append(rules, r)
 		}
 	}
+	if len(rules) == len(stay) {
+		return nil
+	}
 	// Those that stay don't overlap each other, nor do those of add.
 	if i, j, found := overlapping(rules); found {
 		return &ConflictError{Rule: rules[j], With: stay[i].status()}
@@ -304,6 +307,7 @@ func (r Rule) keepsListeners() bool { return !r.free() && !r.Auto && !r.Wait }
 func (r Rule) listening() Rule {
 	r.Target, r.TargetPorts, r.TargetSocket = netip.Addr{}, PortRange{}, ""
 	r.ProxyV2, r.Limits = false, Limits{}
+	r.Socket = r.socketName()
 	return r
 }
 

@@ -26,8 +26,8 @@ import (
 // that are not bound by address,
 //
 //	unix:PATH:CONTAINER       a UNIX socket, made at PATH
-//	systemd:NAME:CONTAINER    those of this name that systemd passed
-//	fd:NAME:CONTAINER         the one of this name in Change.Sockets
+//	systemd:NAME:CONTAINER    those of this name that were passed, by systemd
+//	fd:NAME:CONTAINER         or otherwise: Config.Sockets, Change.Sockets; it is the same
 //	PORT:unix:PATH/tcp,out    a UNIX socket of the host, at a port of the container
 //
 // and options after PROTO, each after a comma: "out", "weak", "auto", "share",

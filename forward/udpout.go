@@ -248,8 +248,15 @@ func (e *udpEngine) sendSome(b *sendBatch, i int) int {
 	return n
 }
 
-// sendTries is how often a message is sent that meets the ICMP error of another.
-const sendTries = 16
+const (
+	// sendTries is how often a message is sent that meets an error which may be
+	// that of another, or its own.
+	sendTries = 16
+	// refusedTries is the same for a refusal, which is always another's. Over
+	// loopback, where IPv6 limits no ICMP errors, a flood to a closed port leaves
+	// one at the socket most of the time.
+	refusedTries = 128
+)
 
 // again reports whether a message that met err may go if it is sent once more. The
 // kernel reports what an ICMP error stands for (icmp_err_convert) with whatever is
@@ -257,7 +264,9 @@ const sendTries = 16
 // next one may have come.
 func again(err syscall.Errno, try int) bool {
 	switch err {
-	case syscall.ECONNREFUSED, syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.ENONET,
+	case syscall.ECONNREFUSED:
+		return try < refusedTries
+	case syscall.EHOSTUNREACH, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.ENONET,
 		syscall.ENOPROTOOPT, syscall.EOPNOTSUPP, syscall.EPROTO, syscall.EACCES:
 		return try < sendTries
 	case syscall.EMSGSIZE:
