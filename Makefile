@@ -32,7 +32,7 @@ completion: ## dist/gofwd.bash, dist/_gofwd, dist/gofwd.fish
 	$(gofwd-here) completion fish > dist/gofwd.fish
 .PHONY: completion
 
-install: build man completion
+install: build man completion ## gofwd, its man page, completions, systemd units and OCI hook, under PREFIX
 	install -Dm755 $(binary) $(DESTDIR)$(PREFIX)/bin/gofwd
 	install -Dm644 dist/gofwd.1 $(DESTDIR)$(PREFIX)/share/man/man1/gofwd.1
 	install -Dm644 dist/gofwd.bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/gofwd
@@ -53,7 +53,7 @@ deb: ## dist/gofwd_VERSION_ARCH.deb, for GOARCH
 	contrib/debian/build
 .PHONY: deb
 
-uninstall:
+uninstall: ## what make install has put there
 	rm -f $(DESTDIR)$(PREFIX)/bin/gofwd $(DESTDIR)$(PREFIX)/share/man/man1/gofwd.1 \
 		$(DESTDIR)$(PREFIX)/share/bash-completion/completions/gofwd \
 		$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_gofwd \
@@ -73,7 +73,7 @@ install-podman: ## make gofwd the helper of Podman, on top of make install
 	sed 's|/usr/libexec/gofwd|$(PODMAN_HELPERS)|' contrib/containers/gofwd.conf > $(PODMAN_CONF)
 .PHONY: install-podman
 
-uninstall-podman:
+uninstall-podman: ## leave Podman its own helpers again
 	rm -f $(PODMAN_CONF) $(addprefix $(DESTDIR)$(PODMAN_HELPERS)/,pasta pesto rootlessport)
 	-rmdir $(DESTDIR)$(PODMAN_HELPERS)
 .PHONY: uninstall-podman

@@ -25,11 +25,13 @@ func newAttachCommand() *cobra.Command {
 		Use:   "attach [OPTIONS] --netns PATH|NAME | --pid PID | --container NAME|ID",
 		Short: "connect a network namespace that exists",
 		Long: `Connect a network namespace that exists to the world, and publish ports of it:
-one that podman --network=ns:PATH or ip-netns(8) made, or that of a process.
+one that podman --network=ns:PATH or ip-netns(8) made, or that of a process or
+container.
 
-It ends when the namespace goes away, when it is told to (SIGTERM, --exit-fd),
-and leaves the namespace as it was.`,
+It ends when the namespace goes away (not with --follow), or when it is told to
+(SIGTERM, --exit-fd), and leaves the namespace as it was.`,
 		Example: `  gofwd attach -p 8080:80 --netns web
+  gofwd attach -p 8080:80 --follow --detach --container web
   gofwd attach -p 8080:80 --detach --pid "$(podman inspect -f '{{.State.Pid}}' web)"`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -71,7 +73,7 @@ and leaves the namespace as it was.`,
 	own.StringVar(&o.netns, "netns", "", "`PATH|NAME`: the network namespace; NAME is of gofwd netns add, or /run/netns/NAME")
 	own.IntVar(&o.pid, "pid", 0, "`PID`: that of a process")
 	own.StringVar(&o.container, "container", "", "`NAME|ID`: that of a container that Podman runs")
-	own.BoolVar(&o.follow, "follow", false, "attach again whenever that container starts again")
+	own.BoolVar(&o.follow, "follow", false, "attach again within four seconds whenever that container starts again; it has to run when gofwd starts. While it is down there is no pid file and nothing in gofwd status, and what gofwd ports add has added is gone")
 	own.BoolVar(&o.config.InboundOnly, "inbound-only", false, "the namespace has a network, as that of a container on a bridge: publish ports, and leave the rest alone; excludes what is about the rest, such as --deny")
 	o.addTo(cmd, own)
 	return cmd

@@ -18,9 +18,11 @@ func newCaptureCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "capture [--forward ID] [--name NAME] FILE|-",
 		Short: "capture the packets of a container, or of one forward",
-		Long: `Write the packets that the container sees, or those of one forward, to FILE in
-pcap format, until ^C. They are seen on both paths: on the tap, and on the
-container's loopback, where those of the kernel path are.`,
+		Long: `Write the packets that the container sees to FILE in pcap format, until ^C; with
+--forward those that have the protocol and the port in the container of that
+forward, whoever they are of. They are seen on both paths: on the tap, and on the
+container's loopback, where those of the kernel path are. Packets that the reader
+is too slow for are missing.`,
 		Example: `  gofwd capture --forward 1 web.pcap
   gofwd capture - | tcpdump -nr -`,
 		Args: func(cmd *cobra.Command, args []string) error {

@@ -60,7 +60,7 @@ func openClient(name string) (*client, error) {
 		}
 	}
 	if !validName(name) {
-		return nil, fmt.Errorf("--name %q: not a name", name)
+		return nil, fmt.Errorf("--name %q: not a name; gofwd status lists those that there are", name)
 	}
 	return newClient(name, filepath.Join(dir, name+socketSuffix)), nil
 }
@@ -111,11 +111,15 @@ func (c *client) open(ctx context.Context, method, path string, in any) (io.Read
 		return resp.Body, nil
 	}
 	defer resp.Body.Close()
-	var failure control.Failure
-	if err := json.NewDecoder(resp.Body).Decode(&failure); err != nil || failure.Message == "" {
-		failure.Message = resp.Status
+	return nil, explain(readFailure(resp))
+}
+
+// readFailure returns the error that an answer is.
+func readFailure(resp *http.Response) (f control.Failure) {
+	if err := json.NewDecoder(resp.Body).Decode(&f); err != nil || f.Message == "" {
+		f.Message = resp.Status
 	}
-	return nil, explain(failure)
+	return f
 }
 
 // explain says about a failure what the instance could not: who has the port.

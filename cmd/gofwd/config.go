@@ -38,7 +38,7 @@ func (e *configError) Error() string { return fmt.Sprintf("%s:%d: %v", e.file, e
 func (e *configError) Unwrap() error { return e.err }
 
 // notInConfig are options that are about one process and its parent.
-var notInConfig = []string{"config", "help", "ready-fd", "exit-fd", "detached-fd", "inner", "inner-netns", "inner-socket", "inner-append"}
+var notInConfig = []string{"config", "ready-fd", "exit-fd"}
 
 // loadConfig sets the options of --config. The command line wins over the file, and
 // of options that may be given several times both count.
@@ -64,8 +64,11 @@ func (o *options) loadConfig(flags *pflag.FlagSet) error {
 	flags.Visit(func(f *pflag.Flag) { given[f.Name] = true })
 	for _, e := range entries {
 		f := flags.Lookup(e.key)
-		if f == nil || slices.Contains(notInConfig, e.key) {
+		if f == nil || f.Hidden || e.key == "help" {
 			return &configError{path, e.line, fmt.Errorf("there is no option %q", e.key)}
+		}
+		if slices.Contains(notInConfig, e.key) {
+			return &configError{path, e.line, fmt.Errorf("%s can be given on the command line only", e.key)}
 		}
 		if given[e.key] && !repeatable(f) {
 			continue

@@ -64,7 +64,7 @@ func manPage(root *cobra.Command) string {
 		m.item(e[0], e[1])
 	}
 	m.macro("SH", "FILES")
-	m.item("$XDG_RUNTIME_DIR/gofwd/NAME.sock", "the control socket of an instance; /run/gofwd/NAME.sock for root, $TMPDIR/gofwd-UID/NAME.sock (/tmp) for users without $XDG_RUNTIME_DIR. hook.log beside it says why gofwd hook failed.")
+	m.item("$XDG_RUNTIME_DIR/gofwd/NAME.sock", "the control socket of an instance; /run/gofwd/NAME.sock for root, $TMPDIR/gofwd-UID/NAME.sock (/tmp) for users without $XDG_RUNTIME_DIR. hook.log beside it says why gofwd hook failed. It speaks HTTP; GET /openapi.yaml describes it.")
 	m.macro("SH", "SEE ALSO")
 	m.line("pasta(1), podman-run(1), user_namespaces(7), network_namespaces(7)")
 	return m.String()
@@ -82,7 +82,7 @@ func verbs(cmd *cobra.Command) (all []*cobra.Command) {
 
 var hostSides = [][2]string{
 	{"systemd:NAME:PORT", "the sockets of that name which systemd passed (FileDescriptorName=, systemd.socket(5)), also below 1024."},
-	{"unix:PATH:PORT", "a UNIX socket, which is made."},
+	{"unix:PATH:PORT", "a UNIX socket, which is made; one that nobody listens on is replaced. While gofwd runs it makes some only in directories where it made one when it started, unless with --no-sandbox."},
 	{"PORT:unix:PATH", "with -T: the container's port PORT leads to a UNIX socket of the host."},
 }
 
@@ -93,10 +93,10 @@ var ruleOptions = [][2]string{
 	{"allow=PREFIX+...", "clients that may connect, and no others."},
 	{"deny=PREFIX+...", "clients that may not."},
 	{"proxy=v2", "tell the TCP server its client by the PROXY protocol."},
-	{"share", "rules with it may have the same port. Those of one instance take turns, and one that takes no connection is passed over; among several instances the kernel chooses (SO_REUSEPORT)."},
+	{"share", "rules with it may have the same port. Those of one instance take turns, and one that takes no connection is passed over; among several instances of one user the kernel chooses (SO_REUSEPORT)."},
 	{"auto", "published only while the container listens."},
 	{"wait", "published when the address or the interface is there."},
-	{"weak", "a port that is taken is left out."},
+	{"weak", "ports that can't be bound are left out; it is an error only if none can."},
 	{"out", "from the container's loopback to the host's, as -T and -U make it."},
 }
 
@@ -105,7 +105,7 @@ var exitStatuses = [][2]string{
 	{"1", "a failure, which one line on standard error describes."},
 	{"2", "the command line is wrong."},
 	{"126, 127", "run: COMMAND cannot be executed; does not exist."},
-	{"other", "run: the exit status of COMMAND; 128+N where signal N ended it."},
+	{"other", "run: the exit status of COMMAND; 128+N where signal N ended it, or the process that forwards."},
 }
 
 // manWriter writes man(7).

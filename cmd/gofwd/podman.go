@@ -74,7 +74,7 @@ func openNetNS(arg string) (*netnsutil.NS, error) {
 }
 
 // errNotRunning is about a container without a process.
-var errNotRunning = errors.New("it is not running")
+var errNotRunning = errors.New("it is not running: start it first")
 
 // noContainer is an error about a container that does not exist, and may be made
 // again: to --follow it does not run.

@@ -19,6 +19,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/gofwd/gofwd/forward"
+	"github.com/gofwd/gofwd/forward/control"
 )
 
 // instanceStatus is what one instance says about itself, and who it is.
@@ -41,7 +42,7 @@ in and out.`,
 				return usagef(cmd, "unexpected argument %q", args[1])
 			}
 			if len(args) == 1 && !validName(args[0]) {
-				return usagef(cmd, "%q is not a name", args[0])
+				return usagef(cmd, "%q is not a name; gofwd status lists those that there are", args[0])
 			}
 			return nil
 		},
@@ -111,6 +112,8 @@ func findInstances(ctx context.Context, name string) ([]instanceStatus, error) {
 			all = append(all, s)
 		case name == "" && ctx.Err() == nil && errors.Is(err, context.DeadlineExceeded):
 			fmt.Fprintf(os.Stderr, "gofwd: %s does not answer: it is stopped, or hangs\n", n)
+		case name == "" && errors.As(err, new(control.Failure)):
+			fmt.Fprintf(os.Stderr, "gofwd: ask %s for its status: %v\n", n, err)
 		case !isNobodyThere(err) && !isEnding(err):
 			return nil, fmt.Errorf("ask %s for its status: %w", n, err)
 		case name != "":
@@ -168,7 +171,7 @@ func queryStatus(ctx context.Context, socket string) (instanceStatus, error) {
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return s, errors.New(resp.Status)
+		return s, readFailure(resp)
 	}
 	return s, json.NewDecoder(resp.Body).Decode(&s.Status)
 }
