@@ -157,6 +157,8 @@ func (p *paths) dialIn(ctx context.Context, rule *activeRule, client netip.AddrP
 		return p.dialDetour(ctx, rule, routes, guestTimeout)
 	case err != nil && patience == silentAfter && first.Err() != nil && ctx.Err() == nil:
 		return p.dialDetour(ctx, rule, routes, dialTimeout)
+	case p.noTap && first.Err() != nil && ctx.Err() == nil && len(routes) > 0 && routes[0].path == Kernel:
+		p.isElsewhere(rule, routes[0], patience) // it cannot be helped, but told
 	}
 	return c, r, err
 }

@@ -142,8 +142,7 @@ func (s *ruleSet) listeners(dir Dir) *[]netnsutil.Listener {
 		f.warned = true
 		s.log.Warn("listeners can't be followed", "err", err)
 	}
-	// Without udp_diag those of TCP, which come first, are all there.
-	if err == nil || errors.Is(err, unix.ENOENT) {
+	if err == nil || errors.Is(err, netnsutil.ErrNoUDPDiag) {
 		return &list
 	}
 	if d := f.diags[dir]; d != nil { // the rest of an answer may be in it

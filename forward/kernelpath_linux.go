@@ -10,8 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/gofwd/gofwd/netnsutil"
 )
 
@@ -129,8 +127,7 @@ func (k *kernelPath) listener(addr netip.AddrPort) (mark uint32, ok bool) {
 		return 0, false
 	}
 	var err error
-	// Without udp_diag those of TCP, which come first, are all there.
-	if k.listeners, err = k.diag.AppendListeners(k.listeners[:0]); err != nil && !errors.Is(err, unix.ENOENT) {
+	if k.listeners, err = k.diag.AppendListeners(k.listeners[:0]); err != nil && !errors.Is(err, netnsutil.ErrNoUDPDiag) {
 		return 0, false
 	}
 	for _, l := range k.listeners {

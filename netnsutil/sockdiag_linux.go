@@ -51,8 +51,13 @@ func (ns *NS) SockDiag() (*SockDiag, error) {
 // Close closes the socket.
 func (d *SockDiag) Close() error { return unix.Close(d.fd) }
 
+// ErrNoUDPDiag is about a kernel that does not list UDP sockets: its module udp_diag is
+// missing.
+var ErrNoUDPDiag = errors.New("list UDP sockets: kernel module udp_diag is missing")
+
 // AppendListeners appends the namespace's listeners to list, in no order, and
-// returns it. It allocates only what list lacks.
+// returns it. It allocates only what list lacks. With [ErrNoUDPDiag] those of TCP are
+// all there.
 func (d *SockDiag) AppendListeners(list []Listener) ([]Listener, error) {
 	for _, q := range [...]struct {
 		proto, family uint8
@@ -65,10 +70,14 @@ func (d *SockDiag) AppendListeners(list []Listener) ([]Listener, error) {
 	} {
 		var err error
 		list, err = d.dump(list, q.proto, q.family, 1<<q.state)
-		if errors.Is(err, unix.ENOENT) {
-			return list, fmt.Errorf("list sockets: %w (kernel module tcp_diag or udp_diag is missing)", err)
-		} else if err != nil {
+		switch {
+		case err == nil:
+		case !errors.Is(err, unix.ENOENT):
 			return list, fmt.Errorf("list sockets: %w", err)
+		case q.proto == unix.IPPROTO_UDP:
+			return list, ErrNoUDPDiag
+		default:
+			return list, fmt.Errorf("list sockets: %w (kernel module tcp_diag is missing)", err)
 		}
 	}
 	return list, nil
