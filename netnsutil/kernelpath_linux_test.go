@@ -333,7 +333,8 @@ var families = []family{
 func dialAs(ns *NS, f family, mark uint32, network string, client, server netip.AddrPort) (net.Conn, error) {
 	var c net.Conn
 	err := ns.Do(func() (err error) {
-		d := net.Dialer{Timeout: 300 * time.Millisecond, Control: func(_, _ string, rc syscall.RawConn) error {
+		// On a busy machine a lost SYN is sent again after a second.
+		d := net.Dialer{Timeout: 1500 * time.Millisecond, Control: func(_, _ string, rc syscall.RawConn) error {
 			return errors.Join(rc.Control(func(fd uintptr) {
 				unix.SetsockoptInt(int(fd), f.level, f.transparent, 1)
 				unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
