@@ -58,7 +58,7 @@ func (socketProxyd) forward(s *site, path string, port int) error {
 	}
 	defer file.Close()
 	// LISTEN_PID is only known to the process itself (sd_listen_fds(3)).
-	err = s.startHelper(s.container, []string{"LISTEN_FDS=1", "SYSTEMD_LOG_TARGET=console"}, []*os.File{file}, "/bin/sh", "-c",
+	err = s.startHelper(s.container, []string{"LISTEN_FDS=1"}, []*os.File{file}, "/bin/sh", "-c",
 		`LISTEN_PID=$$ exec "$0" "$@"`, path, "--connections-max=20000", fmt.Sprintf("127.0.0.1:%d", port))
 	return err
 }

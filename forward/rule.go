@@ -484,7 +484,7 @@ func Validate(rules []Rule) error {
 func overlapping(rules []Rule) (i, j int, found bool) {
 	var order []int
 	for i, r := range rules {
-		if r.Socket != "" || !r.free() {
+		if !r.free() {
 			order = append(order, i)
 		}
 	}

@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -128,7 +127,6 @@ const (
 	innerOption       = "--inner"
 	innerNetNSOption  = "--inner-netns"
 	innerSocketOption = "--inner-socket"
-	innerAppendOption = "--inner-append"
 	detachedFDOption  = "--detached-fd"
 )
 
@@ -193,17 +191,10 @@ func openPIDFile(path string) (*pidFile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("write pid file: %w", err)
 	}
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	ours := err == nil
 	if errors.Is(err, fs.ErrExist) {
-		how := os.O_WRONLY
-		if st, err := os.Stat(path); err == nil && st.Mode().IsRegular() {
-			how = os.O_RDWR
-		}
-		f, err = os.OpenFile(path, how, 0)
-		if how == os.O_RDWR && errors.Is(err, fs.ErrPermission) {
-			f, err = os.OpenFile(path, os.O_WRONLY, 0)
-		}
+		f, err = os.OpenFile(path, os.O_WRONLY, 0)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("write pid file: %w", err)
@@ -238,15 +229,10 @@ func (p *pidFile) write() error {
 }
 
 // remove removes the file, unless it is the next gofwd's by now: that has it open, and
-// a lock on it, or has written to it.
+// a lock on it.
 func (p *pidFile) remove() {
 	defer p.Close()
 	if unix.Flock(int(p.Fd()), unix.LOCK_EX|unix.LOCK_NB) == unix.EWOULDBLOCK {
-		return
-	}
-	b := make([]byte, 32)
-	n, _ := p.ReadAt(b, 0)
-	if said := strings.TrimSpace(string(b[:n])); said != "" && said != strconv.Itoa(os.Getpid()) {
 		return
 	}
 	if st, err := os.Lstat(p.own.path); p.ours && err == nil && st.Mode().IsRegular() { // not /dev/stdout
@@ -292,6 +278,15 @@ func openCapture(path string) (*os.File, error) {
 
 // pcapHeaderLen is how long the header of a capture is, which it has once.
 const pcapHeaderLen = 24
+
+// captureTo returns what a capture to f is written to: without its header, if an earlier
+// attach has written that. A pipe gets another one, for it can't be asked.
+func captureTo(f *os.File) io.Writer {
+	if at, err := f.Seek(0, io.SeekCurrent); err == nil && at >= pcapHeaderLen {
+		return &appended{f, pcapHeaderLen}
+	}
+	return f
+}
 
 // appended is a writer that leaves out the next bytes.
 type appended struct {

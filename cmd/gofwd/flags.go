@@ -70,7 +70,6 @@ type options struct {
 	inner        bool
 	innerNetNS   string
 	innerSockets []string
-	innerAppend  bool // to the capture
 	detachedFD   int
 
 	// With --follow what is opened by the first attach is for the next ones too.
@@ -98,7 +97,7 @@ func (o *options) addTo(cmd *cobra.Command, own *pflag.FlagSet) {
 	cmd.Flags().SortFlags = false
 	// What follows the first argument is COMMAND's.
 	cmd.Flags().SetInterspersed(false)
-	for _, hidden := range []string{"inner", "inner-netns", "inner-socket", "inner-append", "detached-fd"} {
+	for _, hidden := range []string{"inner", "inner-netns", "inner-socket", "detached-fd"} {
 		_ = cmd.Flags().MarkHidden(hidden)
 	}
 	completeWords(cmd, "datapath", "auto", "tap", "kernel")
@@ -162,7 +161,6 @@ func (o *options) sections(own *pflag.FlagSet) []flagSection {
 	process.BoolVar(&o.inner, "inner", false, "")
 	process.StringVar(&o.innerNetNS, "inner-netns", "", "")
 	process.StringArrayVar(&o.innerSockets, "inner-socket", nil, "")
-	process.BoolVar(&o.innerAppend, "inner-append", false, "")
 	process.IntVar(&o.detachedFD, "detached-fd", -1, "")
 
 	return []flagSection{

@@ -82,10 +82,7 @@ func newInner(o *options) (*inner, error) {
 		i.sockets = append(i.sockets, forward.Socket{Name: name, File: f})
 	}
 	if f := files["capture"]; f != nil {
-		i.capture = f
-		if o.innerAppend {
-			i.capture = &appended{f, pcapHeaderLen}
-		}
+		i.capture = captureTo(f)
 	}
 	if err := closeInheritedOnExec(); err != nil {
 		return nil, err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -192,15 +191,6 @@ func (u *outer) namesIn() []string {
 	return dirs
 }
 
-// appends reports whether the capture has its header from an earlier attach.
-func (u *outer) appends() bool {
-	if !u.opts.attached || u.capture == nil {
-		return false
-	}
-	at, err := u.capture.Seek(0, io.SeekCurrent)
-	return err != nil || at >= pcapHeaderLen // no file, but a pipe, had it first of all
-}
-
 // inside is the inner side as outer sees it: its end of the link, and how it
 // ends.
 type inside struct {
@@ -248,9 +238,6 @@ func (u *outer) spawn(cfg netnsutil.SpawnConfig, ns *netnsutil.NS) (*inside, err
 		cfg.Files = append(cfg.Files, f)
 	}
 	again := []string{innerOption, innerNetNSOption + "=" + path}
-	if u.appends() {
-		again = append(again, innerAppendOption)
-	}
 	for _, s := range u.sockets {
 		cfg.Files = append(cfg.Files, s.File)
 		again = append(again, innerSocketOption+"="+s.Name)
@@ -432,11 +419,8 @@ func (u *outer) serveHere(ctx context.Context, ns *netnsutil.NS) (*inside, error
 	}
 	in := &inside{link: ours, done: make(chan error, 1)}
 	i := &inner{opts: u.opts, log: u.log, link: theirs, control: u.control, pesto: u.pesto, ns: ns, sockets: u.sockets}
-	switch {
-	case u.appends():
-		i.capture = &appended{u.capture, pcapHeaderLen}
-	case u.capture != nil:
-		i.capture = u.capture
+	if u.capture != nil {
+		i.capture = captureTo(u.capture)
 	}
 	if !u.opts.noSandbox {
 		i.keep = &sandbox{config: u.opts.configFile, removeFrom: u.namesIn()}

@@ -234,6 +234,9 @@ func (c *conn) begin() error {
 	s := c.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if c.busy {
+		return nil
+	}
 	if s.busy >= maxBusy || c.gone {
 		return errTooMany
 	}
