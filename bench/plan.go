@@ -144,14 +144,12 @@ func stream(group string, b bed, tools []string, w way, load string, ip, streams
 
 // writeSize is how much iperf3 writes at a time: a little less than its 128 KiB.
 // Those are whole pages, and after the one byte of its protocol that comes first the
-// kernel copies each from an address that ends in 000 to one that ends in 001. AMD's
-// "rep movsb" is ten times slower where the second is 1 to 15 further than the first,
-// modulo 4096 (glibc's bug 30994, and measured on the machine of the README's
-// figures: 3.4 GB/s and 45). Through a helper that relays over the container's
-// loopback that lasts for the whole transfer, since the kernel's buffers are whole
-// pages too: native, it ends with the first odd segment. It is the sender's time,
-// whichever helper there is, and would be all that the rows show: a download through
-// gofwd at 0.5 × native rather than 0.95.
+// kernel copies each from an address that ends in 000 to one that ends in 001. That
+// is what AMD's "rep movsb" is several times slower at (glibc's bug 30994). Over the
+// loopback of a helper it lasts for the whole transfer, since the kernel's buffers
+// are whole pages too; native, it ends with the first odd segment. It is the sender's
+// time, whichever helper there is, and would be all that the rows show. One row
+// has iperf3's own size.
 const writeSize = 131_000
 
 func throughput() []row {
@@ -183,7 +181,11 @@ func throughput() []row {
 	add(outside, "both", 4, 1)
 	add(hostLoopback, "upload", 4, 1)
 	add(hostLoopback, "download", 4, 1)
-	return append(rows,
+	own := stream(groupTCP, reno, columns, remote, "download", 4, 1)
+	own.Name += "/writes=128K"
+	own.Title += ", iperf3's own writes"
+	own.measure = iperf(remote, 4, "download", 1)
+	return append(rows, own,
 		stream(groupTCP, pipesHeld, columns, remote, "upload", 4, 1),
 		stream(groupTCP, pipesHeld, columns, remote, "upload", 4, 8),
 		stream(groupTCP, pipesHeld, columns, remote, "download", 4, 1),
